@@ -228,6 +228,7 @@ class _BackgroundExchange(Exchange):
             _answer_parent(theirs.makefile("rwb"))
         theirs.close()
         self._channel = ours.makefile("rwb")
+        ours.close()  # the file remains
 
     def public_key(self) -> bytes:
         return self._ask("public_key")
@@ -244,8 +245,8 @@ class _BackgroundExchange(Exchange):
     def _ask(self, method: str, *arguments: bytes) -> bytes:
         pickle.dump((method, *arguments), self._channel)
         self._channel.flush()
-        answer: bytes | CryptoError = pickle.load(self._channel)  # noqa: S301 - it comes from our own child
-        if isinstance(answer, CryptoError):
+        answer: bytes | Exception = pickle.load(self._channel)  # noqa: S301 - it comes from our own child
+        if isinstance(answer, Exception):
             raise answer
         return answer
 
@@ -253,7 +254,8 @@ class _BackgroundExchange(Exchange):
 def _answer_parent(channel: io.BufferedRWPair) -> NoReturn:
     try:
         exchange = Exchange()
-        _load_ciphers()  # while nobody waits for them
+        with contextlib.suppress(ImportError):  # it comes again when the parent waits
+            _load_ciphers()  # while nobody waits
         while True:
             _answer_once(exchange, channel)
     finally:
@@ -265,7 +267,7 @@ def _answer_once(exchange: Exchange, channel: io.BufferedRWPair) -> None:
     method, *arguments = pickle.load(channel)  # noqa: S301 - it comes from our own parent
     try:
         answer = getattr(exchange, method)(*arguments)
-    except CryptoError as error:
+    except (CryptoError, ImportError) as error:
         answer = error
     pickle.dump(answer, channel)
     channel.flush()

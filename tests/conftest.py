@@ -1,0 +1,278 @@
+"""What the tests share: the program as a process, a real broker, a real responder."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import paho.mqtt.client as paho
+import pytest
+from paho.mqtt.enums import CallbackAPIVersion
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "secure_mqtt_client.py"
+VECTORS = Path(__file__).resolve().parent / "vectors"
+SAFETY = 60.0  # seconds after which something that should have happened is taken to have failed
+
+sys.path.insert(0, str(ROOT))
+
+Run = subprocess.CompletedProcess[bytes]
+
+
+def run(*arguments: str | bytes | Path, stdin: bytes | None = None, **options: object) -> Run:
+    """Run the program to its end."""
+    command = [
+        sys.executable,
+        str(options.pop("program", PROGRAM)),
+        *(os.fspath(argument) for argument in arguments),
+    ]
+    if stdin is not None:
+        options["input"] = stdin
+    else:
+        options.setdefault("stdin", subprocess.DEVNULL)
+    options.setdefault("stdout", subprocess.PIPE)
+    return subprocess.run(command, stderr=subprocess.PIPE, timeout=SAFETY, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def error_lines(result: Run) -> str:
+    """Return what the program wrote to standard error."""
+    return result.stderr.decode()
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def wait_until(condition: Callable[[], object], seconds: float = SAFETY) -> None:
+    """Wait until a condition holds; fail if it does not within some seconds."""
+    end = time.monotonic() + seconds
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not happen"
+        pause.wait(0.01)
+
+
+def accepts_connections(port: int) -> bool:
+    """Tell whether something listens on a port of the loopback interface."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def processes_below(pid: int) -> set[int]:
+    """Return the processes that a process has started, and those that they have started."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # it has ended meanwhile
+            continue
+        if state != "Z":
+            parents[int(path.parent.name)] = int(parent)
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process has not ended yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Peer:
+    """Another's client or responder: subscribed to some topics, it publishes what a test says."""
+
+    def __init__(self, port: int, *topics: str, client_id: str = "") -> None:
+        self._messages: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
+        self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id)
+        self._client.on_message = lambda client, userdata, message: self._messages.put(
+            (message.topic, bytes(message.payload))
+        )
+        subscribed = threading.Event()
+        self._client.on_subscribe = lambda *_: subscribed.set()
+        self._client.connect("127.0.0.1", port)
+        self._client.subscribe([(topic, 1) for topic in topics])
+        self._client.loop_start()
+        assert subscribed.wait(SAFETY)
+
+    def publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
+        """Publish at QoS 1."""
+        self._client.publish(topic, payload, 1, retain).wait_for_publish(SAFETY)
+
+    def receive_any(self) -> tuple[str, bytes]:
+        """Return topic and payload of the next message."""
+        return self._messages.get(timeout=SAFETY)
+
+    def receive(self, topic: str) -> bytes:
+        """Return the payload of the next message, which must be on this topic."""
+        found, payload = self.receive_any()
+        assert found == topic
+        return payload
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+class Mosquitto:
+    """A mosquitto of our own on a free port, which can be stopped and started again."""
+
+    def __init__(self, folder: Path, extra: str = "") -> None:
+        self.port = free_port()
+        self._config = folder / f"mosquitto-{self.port}.conf"
+        self._log = folder / f"mosquitto-{self.port}.log"
+        self._config.write_text(
+            f"listener {self.port} 127.0.0.1\nallow_anonymous true\n"
+            f"max_queued_messages 0\nuser root\n{extra}\n"
+        )
+        self.process: subprocess.Popen[bytes]
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it listens."""
+        path = os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
+        program = shutil.which("mosquitto", path=path)
+        assert program, "mosquitto is not installed"
+        with self._log.open("ab") as log:
+            command = [program, "-c", str(self._config)]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_until(lambda: accepts_connections(self.port) or self.process.poll() is not None)
+        assert self.process.poll() is None, self._log.read_text()
+
+    def kill(self, how: int = signal.SIGKILL) -> None:
+        """End it."""
+        self.process.send_signal(how)
+        self.process.wait(SAFETY)
+
+    def restart(self) -> None:
+        """End it and start it again on the same port."""
+        self.kill()
+        self.start()
+
+
+class ResponderProcess:
+    """The program as a responder. Its standard error is read all the time, so it never blocks."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        command = [sys.executable, str(PROGRAM), "--respond", *arguments]
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.lines.append(line.decode().rstrip("\n"))
+
+    def has_said(self, text: str, times: int = 1) -> bool:
+        """Tell whether this many lines of standard error hold a text."""
+        return sum(text in line for line in self.lines) >= times
+
+    def wait_for(self, text: str, times: int = 1, seconds: float = SAFETY) -> None:
+        """Wait until it has said something, or ended."""
+        wait_until(lambda: self.has_said(text, times) or not self._reader.is_alive(), seconds)
+        assert self.has_said(text, times), self.lines
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        status = self.process.wait(SAFETY)
+        self._reader.join(SAFETY)
+        assert self.process.stdout
+        with self.process.stdout:
+            assert self.process.stdout.read() == b"", (
+                "a responder writes nothing to standard output"
+            )
+        assert self.process.stderr
+        self.process.stderr.close()
+        return status
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
+    """A broker for the whole session, not to be stopped."""
+    mosquitto = Mosquitto(tmp_path_factory.mktemp("broker"))
+    yield mosquitto
+    mosquitto.kill()
+
+
+@pytest.fixture
+def own_broker(tmp_path: Path) -> Iterator[Mosquitto]:
+    """A broker for one test, which may stop and restart it."""
+    mosquitto = Mosquitto(tmp_path)
+    yield mosquitto
+    if mosquitto.process.poll() is None:
+        mosquitto.kill()
+
+
+@pytest.fixture(scope="session")
+def responder(broker: Mosquitto) -> Iterator[ResponderProcess]:
+    """A responder at the session's broker, for every NetID."""
+    process = ResponderProcess("-v", "-p", str(broker.port))
+    process.wait_for("ready")
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def start_responder() -> Iterator[Callable[..., ResponderProcess]]:
+    """Start responders that end with the test."""
+    started: list[ResponderProcess] = []
+
+    def start(*arguments: str, ready: bool = True, **options: dict[str, str]) -> ResponderProcess:
+        started.append(ResponderProcess(*arguments, **options))
+        if ready:
+            started[-1].wait_for("ready")
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.process.poll() is None:
+            process.stop()
+
+
+@pytest.fixture
+def peer() -> Iterator[Callable[..., Peer]]:
+    """Connect peers that end with the test."""
+    connected: list[Peer] = []
+
+    def connect(port: int, *topics: str, client_id: str = "") -> Peer:
+        connected.append(Peer(port, *topics, client_id=client_id))
+        return connected[-1]
+
+    yield connect
+    for each in connected:
+        each.close()
+
+
+@pytest.fixture
+def netid(request: pytest.FixtureRequest) -> str:
+    """A NetID that no other test uses at the same time."""
+    return f"t{os.getpid()}x{abs(hash(request.node.nodeid)) % 10**9}"

@@ -21,6 +21,7 @@ import os
 import pickle
 import re
 import socket
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:  # else loaded where it is used, in a process of its own
@@ -38,6 +39,7 @@ MAX_KEY_FILE_SIZE = 64 * 1024  # bytes; ten certificates fit, and larger ones ar
 
 DH_KEY_AGREEMENT = bytes.fromhex("2a864886f70d010301")  # OID 1.2.840.113549.1.3.1 (PKCS #3)
 INTEGER, BIT_STRING, OCTET_STRING, OBJECT_IDENTIFIER, SEQUENCE = 0x02, 0x03, 0x04, 0x06, 0x30
+UTC_TIME = 0x17
 PEM_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----([A-Za-z0-9+/=\s]*)-----END \1-----")
 TOKEN = re.compile(rb"[A-Za-z0-9_-]+={0,2}")
 
@@ -201,8 +203,11 @@ class Exchange:
         return self._key_pair.public_key
 
     def agree(self, peer_public_key: bytes) -> None:
-        """Take the peer's public key (PEM). PeerKeyError if it is unusable."""
-        self._key = self._key_pair.agree(peer_public_key)
+        """Take the peer's public key (PEM). PeerKeyError if it is unusable, or our own."""
+        peer_value = read_public_key(peer_public_key, read_group())
+        if peer_value == self._key_pair.public_value:
+            raise PeerKeyError("no valid public key: our own")
+        self._key = self._key_pair.derive(peer_value)
 
     def encrypt(self, plaintext: bytes) -> bytes:
         """Return the token of a plaintext."""
@@ -388,6 +393,15 @@ def _check_algorithm(algorithm: Any, group: Group) -> None:
             raise ValueError("a key of another type")
 
 
+def has_expired(certificate: bytes) -> bool:
+    """Tell whether the notAfter (RFC 5280, 4.1.2.5) of a certificate (PEM) has passed."""
+    [tbs_certificate, *_] = from_der(from_pem(b"CERTIFICATE", certificate))
+    [_, _, _, _, [_, (tag, not_after)], *_] = tbs_certificate  # after version, …, issuer
+    if tag == UTC_TIME:  # YYMMDDHHMMSSZ, of 1950 to 2049
+        not_after = (b"19" if not_after >= b"50" else b"20") + not_after
+    return bool(not_after.decode() < time.strftime("%Y%m%d%H%M%SZ", time.gmtime()))
+
+
 def to_pem(label: bytes, der: bytes) -> bytes:
     """Return DER as a PEM block (RFC 7468)."""
     text = base64.b64encode(der)
@@ -402,7 +416,11 @@ def from_pem(label: bytes, pem: bytes) -> bytes:
         raise ValueError("not in PEM")
     if block[1] != label:
         raise ValueError(f"not a PEM block {label.decode()!r}")
-    return base64.b64decode(b"".join(block[2].split()), validate=True)
+    text = b"".join(block[2].split())
+    content = base64.b64decode(text, validate=True)
+    if base64.b64encode(content) != text:  # the last character has spare bits
+        raise ValueError("not in PEM")
+    return content
 
 
 # DER (X.690): int is an INTEGER, list a SEQUENCE, (tag, content) anything else. By hand, because

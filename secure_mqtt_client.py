@@ -16,6 +16,7 @@ import contextlib
 import os
 import queue
 import re
+import select
 import signal
 import socket
 import sys
@@ -24,12 +25,13 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 import crypto
 
 if TYPE_CHECKING:  # else loaded where they are used: --help and usage errors need none of them
     import logging
+    import ssl
     from concurrent.futures import Future, ProcessPoolExecutor
 
     import paho.mqtt.client as paho
@@ -53,14 +55,25 @@ request:
 
 responder:
   --respond              answer the requests of all NETIDs, or of one
+  --status-topic TOPIC   publish there, retained, whether it runs, and counts
 
 broker:
   -h, --host HOST        name or address (default: localhost)
-  -p, --port PORT        TCP port (default: 1884)
+  -p, --port PORT        TCP port (default: 1884, with TLS 8883)
   -i, --id ID            MQTT client ID (default: NETID, as the lab wants it;
                          for a responder a random one)
   --local                run a broker for this command, and for a request a
                          responder, too (needs the package amqtt)
+
+security of the connection (each of the first five turns TLS on):
+  --cafile FILE          trust the authorities in this file (PEM)
+  --tls                  trust the authorities that the system trusts
+  --insecure             trust any broker: no protection from an active attacker
+  --cert FILE            our certificate, and intermediate ones (PEM)
+  --key FILE             its private key (PEM, not encrypted)
+  -u, --username NAME    (default: MQTT_USERNAME in the environment)
+  --password-file FILE   holds the password, - asks for it (default:
+                         MQTT_PASSWORD in the environment)
 
 other:
   -v, --verbose          say on stderr what happens; never a key or a text
@@ -79,6 +92,7 @@ examples:
 USAGE = HELP.partition("\n\n")[0]
 
 DEFAULT_PORT = 1884  # the lab's
+DEFAULT_TLS_PORT = 8883  # secure-mqtt, as registered with IANA
 # A peer on the course's own module needs over 10 s on cryptography 49 and newer.
 DEFAULT_TIMEOUT = 30.0  # seconds
 MAX_TIMEOUT = 86_400.0  # seconds: far more overflows the clocks of the system
@@ -89,16 +103,19 @@ NETID = re.compile(r"(?!\$)[^/+#\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,64}")
 MAX_TOKEN_SIZE = 268_435_455 - 1024  # bytes: MQTT 3.1.1, 2.2.3, less room for the topic
 QOS = 1
 KEEPALIVE = 15  # seconds of silence after which a broker is asked for a sign of life
+LOOP_INTERVAL = 1.0  # seconds between looks at the time, for keep-alive
 CLOSING_TIME = 1.0  # seconds that the network thread has to end
 
 # The responder. What goes beyond a bound is dropped, with a warning.
 MAX_NETIDS = 10_000  # the least recently used is forgotten first
 KEYS_PER_NETID = 8  # so many clients can use a NetID at the same time
 MAX_WAITING = 1_000  # NetIDs whose key exchanges wait for their turn
-MAX_EVENTS = 10_000  # received, but not handled yet
+MAX_EVENTS, MAX_EVENT_BYTES = 10_000, 2**27  # received, but not handled yet
 MAX_IN_FLIGHT = 10_000  # published, but not acknowledged by the broker yet
 KEY_PAIR_STOCK = 32  # made ahead, so that this many clients can come at once
 REPORT_INTERVAL = 1.0  # seconds between warnings of what was dropped
+STATUS_INTERVAL = 30.0  # seconds
+OFFLINE = b'{"status": "offline"}'
 DRAINING_TIME = 5.0  # seconds to finish what is being answered when told to stop
 FIRST_DELAY, LAST_DELAY = 1.0, 60.0  # seconds between attempts to connect
 
@@ -134,12 +151,54 @@ class UnusableError(Exception):
 # Named tuples: as immutable as frozen dataclasses, whose import would cost each request 5 ms.
 
 
+class Tls(NamedTuple):
+    """How we and the broker make sure of each other: names of PEM files, empty for none."""
+
+    cafile: str  # none: what the system trusts
+    certfile: str
+    keyfile: str
+    is_insecure: bool  # trust any broker
+
+    def context(self) -> ssl.SSLContext:
+        """Return a context for TLS 1.2 or newer, from the files as they are now.
+
+        :raises UsageError: a file cannot be used
+        """
+        import ssl
+
+        def refuse_password() -> NoReturn:
+            raise UsageError("--key is encrypted; decrypt it: openssl pkey -in KEY -out NEW_KEY")
+
+        files = {"--cafile": self.cafile, "--cert": self.certfile, "--key": self.keyfile}
+        contents = {option: read_file(option, name) for option, name in files.items() if name}
+        try:
+            context = ssl.create_default_context(cafile=self.cafile or None)
+        except ssl.SSLError:
+            raise UsageError(f"--cafile {self.cafile} holds no certificate in PEM") from None
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if self.is_insecure:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if self.certfile:
+            try:
+                context.load_cert_chain(self.certfile, self.keyfile, refuse_password)
+            except ssl.SSLError as error:
+                reason = "belong to each other" if "MISMATCH" in str(error) else "hold PEM"
+                raise UsageError(f"--cert and --key do not {reason}") from None
+            if crypto.has_expired(contents["--cert"]):
+                raise UsageError(f"--cert {self.certfile} has expired; renew it")
+        return context
+
+
 class Broker(NamedTuple):
-    """Where the broker is, and who we are there."""
+    """Where the broker is, and how to get in."""
 
     host: str
     port: int
     client_id: str
+    username: str = ""
+    password: bytes | None = None
+    tls: Tls | None = None
 
     def __str__(self) -> str:
         return f"{self.host} port {self.port}"
@@ -156,6 +215,7 @@ class Settings(NamedTuple):
     respond: bool
     local: bool
     verbose: bool
+    status_topic: str  # empty: none
 
 
 # --- text actions ------------------------------------------------------------------------------
@@ -215,22 +275,27 @@ class Connection:
     """
 
     def __init__(
-        self, broker: Broker, timeout: float, events: queue.SimpleQueue[Any] | None = None
+        self,
+        broker: Broker,
+        timeout: float,
+        is_permanent: bool = False,
+        will: tuple[str, bytes] | None = None,
     ) -> None:
         """Prepare a connection.
 
         :param timeout: seconds for all that wait_for and call wait for, together
-        :param events: where the events shall go, of a connection that is made anew whenever it is
-            lost; by default it is made once, and the events are for wait_for and call
+        :param is_permanent: make the connection anew whenever it is lost; the events are then to
+            be taken one by one, and not by wait_for and call
+        :param will: the topic and payload that the broker shall publish, retained, when the
+            connection breaks
         """
-        import paho.mqtt.client as paho
-        from paho.mqtt.enums import CallbackAPIVersion
-
         self._broker = broker
         self._timeout = timeout
         self._end = time.monotonic() + timeout
-        self._is_permanent = events is not None
-        self._events = events or queue.SimpleQueue()
+        self._will = will
+        self._is_permanent = is_permanent
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._put_bytes = self._taken_bytes = 0  # each is changed by one thread only
         self._stage = "the connection"
         self._delays = backoff()
         self.dropped = 0  # messages for which there was no room
@@ -239,12 +304,27 @@ class Connection:
         self._topics: list[str] = []
         self._closed = threading.Event()
         self._last: paho.MQTTMessageInfo | None = None
-        self._client = client = paho.Client(
-            CallbackAPIVersion.VERSION2, broker.client_id, reconnect_on_failure=False
+        self._client = self._new_client()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _new_client(self) -> paho.Client:
+        import paho.mqtt.client as paho
+        from paho.mqtt.enums import CallbackAPIVersion
+
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2, self._broker.client_id, reconnect_on_failure=False
         )
         client.max_inflight_messages_set(MAX_IN_FLIGHT)
         client.max_queued_messages_set(MAX_IN_FLIGHT)
-        client.connect_timeout = timeout
+        client.connect_timeout = self._timeout
+        if self._broker.username:
+            client.username_pw_set(self._broker.username, self._broker.password)  # type: ignore[arg-type]
+        if self._will:
+            client.will_set(*self._will, QOS, retain=True)
+        client.on_log = self._on_log
+        # With this, paho leaves all writing to the network thread. Else threads that publish would
+        # write, too, and mix up packets that do not go out in one piece.
+        client.on_socket_register_write = lambda *_: self._wake()
         client.on_socket_open = self._on_socket_open
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
@@ -252,31 +332,67 @@ class Connection:
         client.on_message = lambda client, userdata, message: self._put(
             Message(message.topic, bytes(message.payload), message.retain)
         )
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        return client
 
     # On the network thread.
 
     def _run(self) -> None:
-        import paho.mqtt.client as paho
-
         while not self._closed.is_set():
             self._has_socket = self._has_connack = False
             try:
-                self._client.connect(self._broker.host, self._broker.port, KEEPALIVE)
-                code = self._client.loop_forever()
-                raise ConnectionError(paho.error_string(code).rstrip("."))
+                self._run_once()
             except Exception as error:
                 # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
                 self._put(self._explain(error))
             if not self._is_permanent:
                 return
             self._closed.wait(next(self._delays))
+            self._client = self._new_client()
+
+    def _run_once(self) -> NoReturn:
+        import paho.mqtt.client as paho
+
+        if self._broker.tls:
+            self._client.tls_set_context(self._broker.tls.context())
+        self._client.connect(self._broker.host, self._broker.port, KEEPALIVE)
+        while (code := self._loop()) == paho.MQTT_ERR_SUCCESS:
+            pass
+        raise ConnectionError(paho.error_string(code).rstrip("."))
+
+    def _loop(self) -> int:
+        """Wait until something comes, or is to be sent, and do it; returns paho's error code."""
+        client, sock = self._client, cast("Any", self._client.socket())
+        if sock is None:
+            return client.loop_misc()
+        is_pending = hasattr(sock, "pending") and sock.pending() > 0  # decrypted by TLS already
+        to_write = [sock] if client.want_write() else []
+        seconds = 0 if is_pending else LOOP_INTERVAL
+        readable, writable, _ = select.select([sock, self._wake_end], to_write, [], seconds)
+        if self._wake_end in readable:
+            self._wake_end.recv(4096)
+        code = client.loop_read() if sock in readable or is_pending else 0
+        code = code or (client.loop_write() if writable else 0)
+        return code or client.loop_misc()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):  # it is awake, or has ended
+            self._wake_source.send(b"\0")
 
     def _put(self, event: Message | Ack | ProgramError) -> None:
-        if isinstance(event, Message) and self._events.qsize() >= MAX_EVENTS:
-            self.dropped += 1
-        elif not self._closed.is_set():
-            self._events.put(event)
+        if isinstance(event, Message):
+            waiting_bytes = self._put_bytes - self._taken_bytes
+            if waiting_bytes > MAX_EVENT_BYTES or self.events.qsize() >= MAX_EVENTS:
+                self.dropped += 1
+                return
+            self._put_bytes += len(event.payload)
+        if not self._closed.is_set():
+            self.events.put(event)
+
+    def _on_log(self, client: paho.Client, userdata: object, level: int, text: str) -> None:
+        if text.startswith("Sending PUBREC"):
+            # We subscribe at QoS 1. paho would keep a flood of QoS 2, to deliver it later.
+            self._put(ProgramError(f"the broker on {self._broker} sent a message at QoS 2"))
+            client.disconnect()
 
     def _on_socket_open(self, client: object, userdata: object, sock: Any) -> None:
         self._has_socket = True
@@ -305,6 +421,8 @@ class Connection:
 
     def _explain(self, error: Exception) -> ProgramError:
         """Return the error for the end of a connection, which depends on how far it got."""
+        if isinstance(error, ProgramError):
+            return error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if self._has_connack:
             return ProgramError(
@@ -313,6 +431,8 @@ class Connection:
                 f"another client may have the client ID {self._broker.client_id!r};"
                 " choose one with --id",
             )
+        if self._broker.tls and (problem := tls_problem(self._broker, self._broker.tls)):
+            return problem
         if self._has_socket:
             return self._silence(f"no CONNACK came ({reason})")
         if isinstance(error, socket.gaierror | UnicodeError):
@@ -338,7 +458,8 @@ class Connection:
         if not self._has_connack:
             return ProgramError(
                 f"no MQTT broker answers on {self._broker}: {reason}",
-                "check --port; the broker must speak MQTT 3.1.1",
+                "check --port; the broker must speak MQTT 3.1.1, and a TLS port needs --cafile or"
+                " --tls",
             )
         return ProgramError(f"the broker on {self._broker} does not go on: {reason}")
 
@@ -349,6 +470,8 @@ class Connection:
 
     def __enter__(self) -> Connection:
         """Begin to connect."""
+        self._wake_source, self._wake_end = socket.socketpair()
+        self._wake_source.setblocking(False)
         self._thread.start()
         if not self._is_permanent:
             self._notice.start()
@@ -359,17 +482,21 @@ class Connection:
         self._closed.set()
         self._notice.cancel()
         self._client.disconnect()
-        if self._client.socket() is not None:  # DISCONNECT waits for its turn
-            self._thread.join(CLOSING_TIME)
+        self._thread.join(CLOSING_TIME)
+        self._wake_source.close()
+        self._wake_end.close()
 
     def subscribe(self, *topics: str) -> None:
         """Subscribe to topics at QoS 1, in one packet."""
         self._topics = [*topics]
         self._client.subscribe([(topic, QOS) for topic in topics])
 
-    def publish(self, topic: str, payload: bytes) -> bool:
-        """Publish at QoS 1, not retained. False: too much is in flight, or there is no broker."""
-        self._last = self._client.publish(topic, payload, QOS)
+    def publish(self, topic: str, payload: bytes, retain: bool = False) -> bool:
+        """Publish at QoS 1. False: too large, too much in flight, or no broker."""
+        try:
+            self._last = self._client.publish(topic, payload, QOS, retain)
+        except ValueError:  # more than MQTT can carry
+            return False
         return not self._last.rc
 
     def flush(self, seconds: float) -> None:
@@ -381,10 +508,14 @@ class Connection:
     def check(self, ack: Ack) -> None:
         """Raise ProgramError for a CONNACK or SUBACK that refuses something."""
         if ack.packet == "CONNACK" and ack.codes != [0]:
+            hints = {
+                "bad user name or password": "check --username and --password-file",
+                "not authorized": "it may want --username and --password-file, or --cert and --key",
+            }
             raise ProgramError(
                 f"the broker on {self._broker} refuses the connection: {ack.reason}",
-                "ask whoever runs it, or check --host and --port",
-                is_final=ack.reason in ("not authorized", "bad user name or password"),
+                hints.get(ack.reason, "ask whoever runs it, or check --host and --port"),
+                is_final=ack.reason in hints,
             )
         if ack.packet == "SUBACK" and ack.codes != [QOS] * len(self._topics):
             refused = [
@@ -415,12 +546,12 @@ class Connection:
         :raises ProgramError: the connection or the deadline ended before such an answer came
         """
         stage = "the key exchange" if action == KEY_EXCHANGE else "the response"
-        while not self._events.empty():
-            self._next(stage)  # what came before the request is no answer to it
-        self.publish(REQUEST.format(netid, action), payload)
-        log().info("sent %d bytes for %s", len(payload), stage)
         ignored: Counter[str] = Counter()
         try:
+            while not self.events.empty():
+                self._next(stage)  # what came before the request is no answer to it
+            self.publish(REQUEST.format(netid, action), payload)
+            log().info("sent %d bytes for %s", len(payload), stage)
             while True:
                 event = self._next(stage)
                 if isinstance(event, Message) and event.topic == RESPONSE.format(netid, action):
@@ -440,10 +571,82 @@ class Connection:
         seconds = self._end - time.monotonic()
         if seconds <= 0:  # not left to get(): a queue that a broker keeps full is never empty
             raise queue.Empty
-        event: Message | Ack | ProgramError = self._events.get(timeout=seconds)
+        event: Message | Ack | ProgramError = self.take(seconds)
         if isinstance(event, ProgramError):
             raise event
         return event
+
+    def take(self, seconds: float) -> Any:
+        """Return the next event. queue.Empty if none comes for some seconds."""
+        event = self.events.get(timeout=seconds)
+        if isinstance(event, Message):
+            self._taken_bytes += len(event.payload)
+        return event
+
+
+# Parts of what OpenSSL says, each with what it means and what to do.
+TLS_PROBLEMS = (
+    (
+        ("unable to get", "self-signed", "self signed"),
+        "its certificate comes from an unknown authority",
+        "give the authority's certificate with --cafile",
+    ),
+    (("certificate has expired",), "its certificate has expired", "it must be renewed there"),
+    (
+        ("not yet valid",),
+        "its certificate is not valid yet",
+        "check this machine's clock",
+    ),
+    (("mismatch",), "its certificate is for {names}, not for {host}", "check --host"),
+    (
+        ("certificate required", "handshake failure"),
+        "it wants a client certificate",
+        "give one with --cert and --key",
+    ),
+    (
+        (" alert ",),
+        "it refuses our certificate ({reason})",
+        "use a certificate that its authority has issued and that is valid now",
+    ),
+    (
+        ("wrong version", "record layer", "packet length", "eof", "reset"),
+        "it does not speak TLS on this port",
+        "check --port, or leave out the TLS options",
+    ),
+)
+
+
+def tls_problem(broker: Broker, tls: Tls) -> ProgramError | None:
+    """Return the error if TLS with a broker fails: tries it, as paho does not pass alerts on."""
+    context = tls.context()
+    try:
+        with socket.create_connection((broker.host, broker.port), CLOSING_TIME) as plain:
+            context.wrap_socket(plain, server_hostname=broker.host).recv(1)
+        return None
+    except TimeoutError:
+        return None
+    except OSError as error:
+        reason = str(error)
+    for parts, problem, hint in TLS_PROBLEMS:
+        if any(part in reason.lower() for part in parts):
+            names = certified_names(broker) if "{names}" in problem else ""
+            problem = problem.format(names=names, host=broker.host, reason=reason)
+            return ProgramError(f"TLS failed with the broker on {broker}: {problem}", hint)
+    return None
+
+
+def certified_names(broker: Broker) -> str:
+    """Return the names in a broker's certificate, for an error: asks the broker for it again."""
+    import ssl
+
+    from cryptography import x509
+
+    with contextlib.suppress(OSError, ValueError, x509.ExtensionNotFound):
+        pem = ssl.get_server_certificate((broker.host, broker.port), timeout=CLOSING_TIME)
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return ", ".join(str(name.value) for name in names)
+    return "another name"
 
 
 def backoff() -> Iterator[float]:
@@ -476,13 +679,15 @@ def no_answer(netid: str, action: str, timeout: float, ignored: Counter[str]) ->
     if action == KEY_EXCHANGE:
         return ProgramError(
             f"no responder answered the key exchange {time_and_place}",
-            f"start one ({PROGRAM} --respond), or check NETID, --host and --port",
+            f"start one ({PROGRAM} --respond), or check NETID, --host and --port;"
+            " an access rule of the broker may also drop messages without a word",
         )
     if ignored:
         return ProgramError(f"no response for us came {time_and_place}, only: {faults}", tampering)
     return ProgramError(
         f"no response came {time_and_place}",
-        "the responder may not know this action, or may have ended; see its log",
+        "the responder may have ended or not know this action (see its log), the message may be"
+        " too large for the broker, or an access rule may drop it",
     )
 
 
@@ -556,17 +761,23 @@ class Responder:
     computed by a pool of processes, whose results are events too: pow holds Python's global lock.
     """
 
-    def __init__(self, broker: Broker, netid: str, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, broker: Broker, netid: str, on_ready: Callable[[], None], status_topic: str = ""
+    ) -> None:
         """Prepare a responder.
 
         :param netid: whom to answer; empty: everyone
         :param on_ready: called after each subscription
+        :param status_topic: where to publish whether it runs, with counts; empty: nowhere
         """
-        self._topic = REQUEST.format(netid or "+", "+")
+        self._netid = netid
         self._on_ready = on_ready
         self._group = crypto.read_group()
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._mqtt = Connection(broker, DEFAULT_TIMEOUT, self._events)
+        self._status_topic = status_topic
+        self._status_at = self._started = time.monotonic()
+        self._counts = {"exchanges": 0, "requests": 0, "failures": 0}
+        will = (status_topic, OFFLINE) if status_topic else None
+        self._mqtt = Connection(broker, DEFAULT_TIMEOUT, is_permanent=True, will=will)
         self._is_stopped = False
         self._sessions: OrderedDict[str, Session] = OrderedDict()  # least recently used first
         self._waiting: OrderedDict[str, deque[Incoming]] = OrderedDict()  # exchanges by NetID
@@ -582,33 +793,42 @@ class Responder:
 
         :raises ProgramError: the broker refuses for good, or the pool has lost a process
         """
+        from concurrent.futures import BrokenExecutor
+
         self._pool = process_pool(self._processes)
         try:
             self._make_key_pairs(KEY_PAIR_STOCK)
             with self._mqtt:
                 while not self._is_stopped:
-                    self._handle(self._events.get())
+                    self._report_status()
+                    with contextlib.suppress(queue.Empty):
+                        self._handle(self._mqtt.take(STATUS_INTERVAL))
                 self._drain()
+        except BrokenExecutor:
+            hint = "start the responder again; the machine may be short of memory"
+            raise ProgramError("a process of the responder was ended", hint) from None
         finally:
             self._pool.shutdown(cancel_futures=True)
 
     def stop(self) -> None:
         """Make run() finish what is being answered and return; safe in a signal handler."""
         self._is_stopped = True
-        self._events.put(None)
+        self._mqtt.events.put(None)
 
     def _drain(self) -> None:
         end = time.monotonic() + DRAINING_TIME
         with contextlib.suppress(queue.Empty):
-            while self._waiting or self._deriving or not self._events.empty():
-                self._handle(self._events.get(timeout=max(0, end - time.monotonic())))
+            while self._waiting or self._deriving or not self._mqtt.events.empty():
+                self._handle(self._mqtt.take(max(0, end - time.monotonic())))
+        if self._status_topic:
+            self._mqtt.publish(self._status_topic, OFFLINE, retain=True)
         self._mqtt.flush(max(0, end - time.monotonic()))
 
     def _handle(self, event: Any) -> None:
         if isinstance(event, Message):
             self._receive(event)
         elif isinstance(event, Done):
-            event.then(result_of(event.task))
+            event.then(event.task.result())
         elif isinstance(event, Ack):
             self._go_on_connecting(event)
         elif isinstance(event, ProgramError):
@@ -621,6 +841,18 @@ class Responder:
             log().warning("dropped count=%d reason='too many at a time'", dropped - self._reported)
             self._reported, self._report_at = dropped, now + REPORT_INTERVAL
 
+    def _report_status(self) -> None:
+        now = time.monotonic()
+        if not self._status_topic or now < self._status_at:
+            return
+        import json
+
+        uptime = round(now - self._started)
+        status = {"status": "online", **self._counts, "netids": len(self._sessions)}
+        payload = json.dumps({**status, "uptime_seconds": uptime}).encode()
+        self._mqtt.publish(self._status_topic, payload, retain=True)
+        self._status_at = now + STATUS_INTERVAL
+
     def _go_on_connecting(self, ack: Ack) -> None:
         try:
             self._mqtt.check(ack)
@@ -630,15 +862,17 @@ class Responder:
             self._handle(error)
             return
         if ack.packet == "CONNACK":
-            self._mqtt.subscribe(self._topic)
+            self._mqtt.subscribe(REQUEST.format(self._netid or "+", "+"))
         else:
+            self._status_at = time.monotonic()
             self._on_ready()
 
     def _receive(self, message: Message) -> None:
         netid, action, suffix, *_ = (*message.topic.split("/", 2), "", "")
         request = Incoming(netid, action, message.payload, time.monotonic())
-        if not NETID.fullmatch(netid) or suffix != "request" or message.retained:
-            log_failure(request, "retained, or on a topic that was not subscribed to")
+        is_ours = NETID.fullmatch(netid) and self._netid in ("", netid)
+        if not is_ours or suffix != "request" or message.retained:
+            self._fail(request, "retained, or on a topic that was not subscribed to")
         elif action == KEY_EXCHANGE:
             self._enqueue_exchange(request)
         else:
@@ -646,9 +880,16 @@ class Responder:
 
     def _publish(self, request: Incoming, payload: bytes) -> None:
         if self._mqtt.publish(RESPONSE.format(request.netid, request.action), payload):
+            self._counts["exchanges" if request.action == KEY_EXCHANGE else "requests"] += 1
             log_success(request)
         else:
-            log_failure(request, "the broker does not take the answer")
+            self._fail(request, "the broker does not take the answer")
+
+    def _fail(self, request: Incoming, reason: str) -> None:
+        self._counts["failures"] += 1
+        # A peer chose the names: they are cut and quoted.
+        names = request.netid[:64], request.action[:64]
+        log().warning("ignored netid=%r action=%r reason=%r", *names, reason)
 
     def _enqueue_exchange(self, request: Incoming) -> None:
         """Let a key exchange wait for its turn.
@@ -675,7 +916,7 @@ class Responder:
         try:
             peer_value = crypto.read_public_key(request.payload, self._group)
         except crypto.PeerKeyError as error:
-            log_failure(request, str(error))
+            self._fail(request, str(error))
             return
         key_pair = self._key_pairs.popleft()
         self._publish(request, key_pair.public_key)
@@ -712,7 +953,7 @@ class Responder:
 
     def _submit(self, then: Callable[[Any], None], task: Callable[..., Any], *args: Any) -> None:
         future = self._pool.submit(task, *args)
-        future.add_done_callback(lambda done: self._events.put(Done(done, then)))
+        future.add_done_callback(lambda done: self._mqtt.events.put(Done(done, then)))
 
     def _answer(self, request: Incoming) -> None:
         session = self._sessions.get(request.netid) or Session()
@@ -722,7 +963,7 @@ class Responder:
             if session.deriving and len(session.parked) < KEYS_PER_NETID:
                 session.parked.append(request)
             else:
-                log_failure(request, str(error))
+                self._fail(request, str(error))
         else:
             self._sessions.move_to_end(request.netid)
 
@@ -755,31 +996,14 @@ def log_success(request: Incoming) -> None:
     )
 
 
-def log_failure(request: Incoming, reason: str) -> None:
-    """Log that something was not answered. A peer chose the names: they are cut and quoted."""
-    names = request.netid[:64], request.action[:64]
-    log().warning("ignored netid=%r action=%r reason=%r", *names, reason)
-
-
-def result_of(task: Future[T]) -> T:
-    """Return what a process of the pool has computed."""
-    from concurrent.futures import BrokenExecutor
-
-    try:
-        return task.result()
-    except BrokenExecutor:
-        hint = "start the responder again; the machine may be short of memory"
-        raise ProgramError("a process of the responder was ended", hint, is_final=True) from None
-
-
 def process_pool(processes: int) -> ProcessPoolExecutor:
     """Return a pool of processes that end with this one."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    # Not fork: this process has threads, and a fork would copy their locks as they stand.
-    has_server = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    # Not fork: this process has threads, and a fork would copy their locks as they stand. Not
+    # forkserver: its server dies of a SIGTERM to the whole process group, and all tasks with it.
+    context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, context, prepare_process)
 
 
@@ -903,6 +1127,12 @@ def build_parser() -> Parser:
     add("-p", "--port", type=checked(int, lambda value: 1 <= value <= 65535, port_range))
     add("-i", "--id", type=checked(str, is_mqtt_string, "UTF-8 text of 1 to 65535 bytes"))
     add("--local", action="store_true")
+    for option in ("--cafile", "--cert", "--key", "--password-file"):
+        add(option, default="", metavar="FILE")
+    add("--tls", action="store_true")
+    add("--insecure", action="store_true")
+    add("-u", "--username", type=checked(str, is_mqtt_string, "UTF-8 text"))
+    add("--status-topic", type=checked(str, is_topic, "a topic without + and #"))
     add("-v", "--verbose", action="store_true")
     add("--help", action="help")
     add("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -933,6 +1163,11 @@ def is_mqtt_string(text: str) -> bool:
     return is_typed_utf8(text) and "\0" not in text and 1 <= len(os.fsencode(text)) <= 65535
 
 
+def is_topic(text: str) -> bool:
+    """Tell whether an argument can be a topic to publish on."""
+    return is_mqtt_string(text) and not set("+#") & set(text)
+
+
 def parse_settings(arguments: list[str]) -> Settings:
     """Turn the command line into settings.
 
@@ -947,9 +1182,16 @@ def parse_settings(arguments: list[str]) -> Settings:
     check_combination(options, words)
     netid, action, message = (*words, None, None, None)[:3]
     check_words(netid, action, message)
-    client_id = options.id or (random_id() if options.respond else netid)
+    tls = tls_settings(options)
+    broker = Broker(
+        options.host or "localhost",
+        options.port or (DEFAULT_TLS_PORT if tls else DEFAULT_PORT),
+        options.id or (random_id() if options.respond else netid),
+        *login(options),
+        tls,
+    )
     return Settings(
-        Broker(options.host or "localhost", options.port or DEFAULT_PORT, client_id),
+        broker,
         netid or "",
         action or "",
         None if message in (None, "-") else os.fsencode(message),  # as typed, in any locale
@@ -957,7 +1199,49 @@ def parse_settings(arguments: list[str]) -> Settings:
         options.respond,
         options.local,
         options.verbose,
+        options.status_topic or "",
     )
+
+
+def tls_settings(options: argparse.Namespace) -> Tls | None:
+    """Return how to use TLS, if any option says so.
+
+    :raises UsageError: the options contradict each other, or a file cannot be used
+    """
+    if bool(options.cert) != bool(options.key):
+        raise UsageError("--cert and --key go together: a certificate and its private key")
+    if options.insecure and options.cafile:
+        raise UsageError("--insecure trusts any broker, --cafile only some; leave one out")
+    tls = Tls(options.cafile, options.cert, options.key, options.insecure)
+    if not (any(tls) or options.tls):
+        return None
+    tls.context()  # shows what is wrong with the files before anything else is done
+    return tls
+
+
+def login(options: argparse.Namespace) -> tuple[str, bytes | None]:
+    """Return user name and password, which is not an option: other users see the command line."""
+    username = options.username or os.environ.get("MQTT_USERNAME", "")
+    password = os.environ.get("MQTT_PASSWORD")
+    if not username and (options.password_file or password is not None):
+        raise UsageError("--password-file or MQTT_PASSWORD needs --username or MQTT_USERNAME")
+    if options.password_file == "-":  # noqa: S105
+        import getpass
+
+        return username, getpass.getpass(f"Password of {username}: ").encode()
+    if options.password_file:
+        content = read_file("--password-file", options.password_file)
+        return username, content.removesuffix(b"\n").removesuffix(b"\r")
+    return username, None if password is None else os.fsencode(password)
+
+
+def read_file(option: str, name: str) -> bytes:
+    """Return the content of a file that an option names. UsageError if there is none."""
+    try:
+        with open(name, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UsageError(f"cannot read {option} {name}: {error.strerror}") from None
 
 
 def check_combination(options: argparse.Namespace, words: Sequence[str]) -> None:
@@ -970,10 +1254,14 @@ def check_combination(options: argparse.Namespace, words: Sequence[str]) -> None
         raise UsageError("NETID, ACTION and MESSAGE are needed, or --respond to answer requests")
     if len(words) > 3:
         raise UsageError("there are more arguments than NETID, ACTION and MESSAGE; quote MESSAGE")
+    if options.status_topic and not options.respond:
+        raise UsageError("--status-topic is for --respond")
     if options.local and not options.respond and (options.host or options.port):
         raise UsageError(
             "--local brings a broker of its own, and --host or --port names another; omit either"
         )
+    if options.local and (options.cafile or options.cert or options.tls or options.insecure):
+        raise UsageError("--local brings a plain broker of its own; leave the TLS options out")
 
 
 def check_words(netid: str | None, action: str | None, message: str | None) -> None:
@@ -1071,7 +1359,12 @@ def run_request(settings: Settings) -> None:
 def run_responder(settings: Settings) -> None:
     """Answer requests until SIGINT or SIGTERM."""
     broker, whom = settings.broker, settings.netid or "all NetIDs"
-    responder = Responder(broker, settings.netid, lambda: say(f"ready: {broker}, for {whom}"))
+    responder = Responder(
+        broker,
+        settings.netid,
+        lambda: say(f"ready: {broker}, for {whom}"),
+        settings.status_topic,
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: responder.stop())
     with local_broker(broker.host, broker.port) if settings.local else contextlib.nullcontext():
@@ -1086,6 +1379,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = parse_settings(sys.argv[1:] if argv is None else argv)
         set_up_log(settings)
+        if settings.broker.tls and settings.broker.tls.is_insecure:
+            log().warning("--insecure: anyone between here and the broker can pose as it")
         (run_responder if settings.respond else run_request)(settings)
     except ProgramError as error:
         return report(error)

@@ -203,7 +203,10 @@ class ResponderProcess:
         """Send a signal and return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(how)
-        status = self.process.wait(SAFETY)
+        try:
+            status = self.process.wait(SAFETY)
+        finally:
+            self.process.kill()
         self._reader.join(SAFETY)
         assert self.process.stdout
         with self.process.stdout:
@@ -254,7 +257,7 @@ def start_responder() -> Iterator[Callable[..., ResponderProcess]]:
 
     yield start
     for process in started:
-        if process.process.poll() is None:
+        if process.process.stdout and not process.process.stdout.closed:
             process.stop()
 
 

@@ -113,7 +113,8 @@ def _fernet(key: bytes) -> Fernet:
     return Fernet(base64.urlsafe_b64encode(key))
 
 
-def _load_ciphers() -> None:
+def load_ciphers() -> None:
+    """Import what encryption and key derivation need, so that nobody waits for it later."""
     import cryptography.fernet
     import cryptography.hazmat.primitives.kdf.hkdf  # noqa: F401
 
@@ -260,7 +261,7 @@ def _answer_parent(channel: io.BufferedRWPair) -> NoReturn:
     try:
         exchange = Exchange()
         with contextlib.suppress(ImportError):  # it comes again when the parent waits
-            _load_ciphers()  # while nobody waits
+            load_ciphers()
         while True:
             _answer_once(exchange, channel)
     finally:

@@ -116,6 +116,7 @@ KEY_PAIR_STOCK = 32  # made ahead, so that this many clients can come at once
 REPORT_INTERVAL = 1.0  # seconds between warnings of what was dropped
 STATUS_INTERVAL = 30.0  # seconds
 OFFLINE = b'{"status": "offline"}'
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 DRAINING_TIME = 5.0  # seconds to finish what is being answered when told to stop
 FIRST_DELAY, LAST_DELAY = 1.0, 60.0  # seconds between attempts to connect
 
@@ -548,6 +549,7 @@ class Connection:
         stage = "the key exchange" if action == KEY_EXCHANGE else "the response"
         ignored: Counter[str] = Counter()
         try:
+            self._stage = stage
             while not self.events.empty():
                 self._next(stage)  # what came before the request is no answer to it
             self.publish(REQUEST.format(netid, action), payload)
@@ -645,7 +647,7 @@ def certified_names(broker: Broker) -> str:
         pem = ssl.get_server_certificate((broker.host, broker.port), timeout=CLOSING_TIME)
         certificate = x509.load_pem_x509_certificate(pem.encode())
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return ", ".join(str(name.value) for name in names)
+        return ", ".join(repr(str(name.value)) for name in names)  # a stranger chose them
     return "another name"
 
 
@@ -663,6 +665,10 @@ def usable_payload(answer: Message, request: bytes) -> bytes:
     """Return an answer's payload. UnusableError if it is no answer, whatever it means."""
     if answer.retained:
         raise UnusableError("retained from an earlier run")
+    # No action makes a text more than three times as long. A broker that sends far more wants us to
+    # be busy with it when the time is over.
+    if len(answer.payload) > 4 * len(request) + crypto.MAX_KEY_FILE_SIZE:
+        raise UnusableError("far too large for an answer")
     if answer.payload == request:  # it would decrypt: both directions have one key
         raise UnusableError("our own message handed back")
     return answer.payload
@@ -773,6 +779,7 @@ class Responder:
         self._netid = netid
         self._on_ready = on_ready
         self._group = crypto.read_group()
+        crypto.load_ciphers()
         self._status_topic = status_topic
         self._status_at = self._started = time.monotonic()
         self._counts = {"exchanges": 0, "requests": 0, "failures": 0}
@@ -793,11 +800,13 @@ class Responder:
 
         :raises ProgramError: the broker refuses for good, or the pool has lost a process
         """
+        import multiprocessing
         from concurrent.futures import BrokenExecutor
 
         self._pool = process_pool(self._processes)
         try:
-            self._make_key_pairs(KEY_PAIR_STOCK)
+            with signals_blocked():
+                self._make_key_pairs(KEY_PAIR_STOCK)
             with self._mqtt:
                 while not self._is_stopped:
                     self._report_status()
@@ -805,6 +814,8 @@ class Responder:
                         self._handle(self._mqtt.take(STATUS_INTERVAL))
                 self._drain()
         except BrokenExecutor:
+            for process in multiprocessing.active_children():
+                process.kill()  # the pool only asks them to end, by a signal that is blocked
             hint = "start the responder again; the machine may be short of memory"
             raise ProgramError("a process of the responder was ended", hint) from None
         finally:
@@ -1004,26 +1015,35 @@ def process_pool(processes: int) -> ProcessPoolExecutor:
     # Not fork: this process has threads, and a fork would copy their locks as they stand. Not
     # forkserver: its server dies of a SIGTERM to the whole process group, and all tasks with it.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, context, prepare_process)
+    return ProcessPoolExecutor(processes, context, end_with_parent)
 
 
-def prepare_process() -> None:
-    """Make a process of the pool live exactly as long as the responder.
-
-    A signal to the whole group must not end it while the responder finishes its work; and
-    nothing else would end it when the responder is killed.
-    """
+def end_with_parent() -> None:
+    """Make a process of the pool end when the responder is killed, as nothing else would."""
     import multiprocessing
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-    def end_with_parent() -> None:
+    def wait() -> None:
         if parent := multiprocessing.parent_process():
             parent.join()
         os._exit(0)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Let processes that start meanwhile ignore what stops the responder.
+
+    They inherit it. A signal to the whole group must not end them before it has finished.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 # --- the local broker --------------------------------------------------------------------------
@@ -1124,7 +1144,7 @@ def build_parser() -> Parser:
     add("--respond", action="store_true")
     add("-h", "--host", type=checked(str, is_mqtt_string, "a host's name or address"))
     port_range = "a number from 1 to 65535"
-    add("-p", "--port", type=checked(int, lambda value: 1 <= value <= 65535, port_range))
+    add("-p", "--port", type=checked(decimal, lambda value: 1 <= value <= 65535, port_range))
     add("-i", "--id", type=checked(str, is_mqtt_string, "UTF-8 text of 1 to 65535 bytes"))
     add("--local", action="store_true")
     for option in ("--cafile", "--cert", "--key", "--password-file"):
@@ -1151,6 +1171,11 @@ def checked(
         raise argparse.ArgumentTypeError(f"must be {wanted}; not {text[:80]!r}")
 
     return check
+
+
+def decimal(text: str) -> int:
+    """Return the number that a text of digits stands for; int() would take more than that."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
 
 
 def is_typed_utf8(text: str) -> bool:
@@ -1365,7 +1390,7 @@ def run_responder(settings: Settings) -> None:
         lambda: say(f"ready: {broker}, for {whom}"),
         settings.status_topic,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: responder.stop())
     with local_broker(broker.host, broker.port) if settings.local else contextlib.nullcontext():
         responder.run()

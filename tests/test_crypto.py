@@ -414,7 +414,7 @@ def test_any_changed_byte_of_a_public_keys_pem_is_refused_or_gives_another_secre
     changed = bytearray(TEXT)
     changed[position] = byte
     is_same = bytes(changed).split() == TEXT.split()  # one white space is as good as another
-    assert (secret_of(bytes(changed)) == OWN.agree(OWN_PUBLIC)) == is_same
+    assert is_same or secret_of(bytes(changed)) != OWN.agree(OWN_PUBLIC)
 
 
 ders = st.recursive(

@@ -1,0 +1,311 @@
+"""The sample broker side, as the tests start it: certificates, broker/start, and MQTT clients.
+
+A test module takes a fixture from here by a name of its own: `broker = broker_side.running`.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import conftest
+import paho.mqtt.client as paho
+import pytest
+from conftest import PROGRAM, ROOT, SAFETY
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.reasoncodes import ReasonCode
+
+BROKER = ROOT / "broker"
+NAMES = ("localhost", "mqtt.example.edu", "responder", "alice", "bob", "12345")
+PASSWORDS = {
+    "alice": "alice's password",
+    "bob": "bob's password",
+    "responder": "pässword of the responder",
+    "+": "plus",
+    "alice/key-exchange": "slash",
+}
+
+
+# --- certificates ------------------------------------------------------------------------------
+
+
+def generate(directory: Path, *names: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run generate-certs.sh."""
+    return subprocess.run(
+        [BROKER / "generate-certs.sh", directory, *names],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=SAFETY,
+    )
+
+
+def made(directory: Path, *names: str) -> Path:
+    """Run a generate-certs.sh that succeeds."""
+    result = generate(directory, *names)
+    assert (result.returncode, result.stderr) == (0, "")
+    return directory
+
+
+def load(directory: Path, name: str) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((directory / f"{name}.crt").read_bytes())
+
+
+def issue(
+    directory: Path,
+    file: str,
+    issuer: str = "ca",
+    subject: str = "",
+    names: tuple[str, ...] = (),
+    begins: timedelta = timedelta(minutes=-1),
+    ends: timedelta = timedelta(hours=1),
+) -> None:
+    """Write a certificate and its key, replacing what is there, as generate-certs.sh would not.
+
+    :param begins: when it becomes valid, from now
+    """
+    key = ec.generate_private_key(ec.SECP256R1())
+    issuers_key = serialization.load_pem_private_key(
+        (directory / f"{issuer}.key").read_bytes(), None
+    )
+    assert isinstance(issuers_key, ec.EllipticCurvePrivateKey)
+    now = datetime.now(timezone.utc)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject or file)]))
+        .issuer_name(load(directory, issuer).subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now + begins)
+        .not_valid_after(now + ends)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuers_key.public_key()), False
+        )
+    )
+    if names:
+        dns_names = x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
+        builder = builder.add_extension(dns_names, False)
+    certificate = builder.sign(issuers_key, hashes.SHA256())
+    (directory / f"{file}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (directory / f"{file}.key").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+
+
+def context(certificates: Path, name: str | None = None) -> ssl.SSLContext:
+    """Return a client's context: it trusts the CA, and has the certificate of a name, if any."""
+    tls = ssl.create_default_context(cafile=certificates / "ca.crt")
+    if name:
+        tls.load_cert_chain(certificates / f"{name}.crt", certificates / f"{name}.key")
+    return tls
+
+
+# --- broker/start ------------------------------------------------------------------------------
+
+
+def free_ports() -> dict[str, str]:
+    """Return the environment that gives broker/start free ports."""
+    with ExitStack() as stack:
+        names = ("PLAIN_PORT", "TLS_PORT", "PROXY_PORT", "PASSWORD_PORT")
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in names]
+        return {name: str(s.getsockname()[1]) for name, s in zip(names, servers, strict=True)}
+
+
+@contextmanager
+def killed_at_timeout(process: subprocess.Popen[str]) -> Iterator[None]:
+    """End what is read from a process that takes too long."""
+    timer = threading.Timer(SAFETY, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class BrokerSide:
+    """A running `broker/start`: its directory, its ports and the first line that it wrote."""
+
+    def __init__(self, directory: Path, ports: dict[str, str], script: Path, **options: Any):
+        self.directory = directory
+        self.ports = ports
+        self.plain, self.tls, self.proxy, self.password = map(int, ports.values())
+        self.process: subprocess.Popen[str] = subprocess.Popen(
+            [script, directory],
+            env=os.environ | ports,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        assert self.process.stderr
+        self.stderr = self.process.stderr
+        with killed_at_timeout(self.process):
+            self.line = self.stderr.readline()
+
+    def ended(self) -> tuple[int, str]:
+        """Wait for its end and return its exit status and the rest of its stderr."""
+        with killed_at_timeout(self.process), self.stderr:
+            rest = self.stderr.read()
+            return self.process.wait(), rest
+
+    def stop(self, how: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; the result is that of ended()."""
+        self.process.send_signal(how)
+        return self.ended()
+
+
+@contextmanager
+def started(
+    directory: Path,
+    ports: dict[str, str] | None = None,
+    script: Path = BROKER / "start",
+    **options: Any,
+) -> Iterator[BrokerSide]:
+    """Run `broker/start DIR` from its first line to the end of the block."""
+    for _ in range(5):  # another program may take one of the ports before the broker does
+        broker = BrokerSide(directory, ports or free_ports(), script, **options)
+        try:
+            if "in use" not in broker.line:
+                yield broker
+                return
+        finally:
+            if not broker.stderr.closed:
+                broker.stop()
+    raise AssertionError(broker.line)
+
+
+# --- clients -----------------------------------------------------------------------------------
+
+
+class Client:
+    """An MQTT client that is connected when it is made, and whose calls wait for their answer."""
+
+    def __init__(
+        self,
+        port: int,
+        tls: ssl.SSLContext | None = None,
+        login: tuple[str, str | None] | None = None,
+        client_id: str = "",
+    ) -> None:
+        self.connected: queue.Queue[ReasonCode] = queue.Queue()
+        self.subscribed: queue.Queue[int] = queue.Queue()
+        self.messages: queue.Queue[tuple[str, str]] = queue.Queue()
+        self.disconnected = threading.Event()
+        self.client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id, reconnect_on_failure=False
+        )
+        self.client.on_connect = lambda _c, _u, _f, reason, _p: self.connected.put(reason)
+        self.client.on_subscribe = lambda _c, _u, mid, _r, _p: self.subscribed.put(mid)
+        self.client.on_disconnect = lambda *_: self.disconnected.set()
+        self.client.on_message = lambda _c, _u, message: self.messages.put(
+            (message.topic, message.payload.decode())
+        )
+        if tls:
+            self.client.tls_set_context(tls)
+        if login:
+            self.client.username_pw_set(*login)
+        self.client.connect("localhost", port)
+        self.client.loop_start()
+        self.reason = self.connected.get(timeout=SAFETY)
+
+    def __enter__(self) -> Client:
+        assert not self.reason.is_failure, self.reason
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.client.disconnect()
+        self.client.loop_stop()
+
+    def subscribe(self, *topics: str) -> None:
+        self.client.subscribe([(topic, 1) for topic in topics])
+        self.subscribed.get(timeout=SAFETY)
+
+    def publish(self, topic: str, payload: str, *, retain: bool = False) -> None:
+        """Publish and wait for the PUBACK, which also comes for what the ACL denies."""
+        message = self.client.publish(topic, payload, qos=1, retain=retain)
+        message.wait_for_publish(SAFETY)
+        assert message.is_published()
+
+    def receive(self) -> tuple[str, str]:
+        return self.messages.get(timeout=SAFETY)
+
+
+def certificate_client(broker: BrokerSide, name: str, **options: Any) -> Client:
+    return Client(broker.tls, context(broker.directory, name), **options)
+
+
+def password_client(broker: BrokerSide, name: str) -> Client:
+    return Client(broker.password, context(broker.directory), (name, PASSWORDS[name]))
+
+
+# --- fixtures ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates that no test changes."""
+    return made(tmp_path_factory.mktemp("certificates") / "certs", *NAMES)
+
+
+@pytest.fixture(scope="module")
+def running(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrokerSide]:
+    """One broker side for the tests that leave it as it was."""
+    directory = tmp_path_factory.mktemp("broker") / "with a space"
+    shutil.copytree(certificates, directory)
+    passwords = directory / "passwords"
+    passwords.touch(0o600)
+    for name, password in PASSWORDS.items():
+        subprocess.run(
+            ["mosquitto_passwd", "-b", passwords, name, password],
+            check=True,
+            capture_output=True,
+            timeout=SAFETY,
+        )
+    with started(directory) as broker:
+        assert broker.line.startswith("ready"), broker.line
+        yield broker
+
+
+@pytest.fixture
+def own(certificates: Path, tmp_path: Path) -> Path:
+    """Certificates of one test alone."""
+    return Path(shutil.copytree(certificates, tmp_path / "own"))
+
+
+@pytest.fixture
+def change_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make the test's responders wait less: give constants of the program other values."""
+
+    def change(**constants: float) -> None:
+        script = tmp_path / PROGRAM.name
+        script.write_text(
+            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"import {PROGRAM.stem} as program\n"
+            f"vars(program).update({constants!r})\n"
+            "if __name__ == '__main__':\n    sys.exit(program.main())\n"
+        )
+        monkeypatch.setattr(conftest, "PROGRAM", script)
+
+    return change

@@ -1,0 +1,715 @@
+"""The sample broker side in broker/: its certificates, its rules and its start script.
+
+Real mosquitto and NGINX, on loopback and free ports. That a message does not arrive is shown by a
+later one that does: a broker keeps the order of one client's messages.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pwd
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import broker_side
+import pytest
+from broker_side import (
+    BROKER,
+    PASSWORDS,
+    BrokerSide,
+    Client,
+    certificate_client,
+    context,
+    free_ports,
+    generate,
+    issue,
+    load,
+    made,
+    password_client,
+    started,
+)
+from conftest import SAFETY, is_running, processes_below, wait_until
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509 import verification
+
+broker, certificates, own = broker_side.running, broker_side.certificates, broker_side.own
+
+
+def refused(directory: Path, **env: str) -> tuple[int, str]:
+    """Run a `broker/start` that cannot start: its exit status and stderr."""
+    result = subprocess.run(
+        [BROKER / "start", directory],
+        env=os.environ | free_ports() | env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=SAFETY,
+    )
+    return result.returncode, result.stderr
+
+
+def children(of: BrokerSide) -> dict[str, int]:
+    """Return the processes below `broker/start`: mosquitto, nginx (the master) and worker."""
+    pids = processes_below(of.process.pid)
+    [mosquitto] = [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "mosquitto\n"]
+    [nginx] = [pid for pid in pids if processes_below(pid)]
+    [worker] = processes_below(nginx)
+    assert pids == {mosquitto, nginx, worker}
+    return {"mosquitto": mosquitto, "nginx": nginx, "worker": worker}
+
+
+def user_of(pid: int) -> int:
+    return Path(f"/proc/{pid}").stat().st_uid
+
+
+def round_trip(netid: str, client: Client, responder: Client) -> None:
+    """Pass a request and a response through the broker."""
+    responder.subscribe("+/+/request")
+    client.subscribe(f"{netid}/uppercase/response")
+    client.publish(f"{netid}/uppercase/request", "question")
+    assert responder.receive() == (f"{netid}/uppercase/request", "question")
+    responder.publish(f"{netid}/uppercase/response", "answer")
+    assert client.receive() == (f"{netid}/uppercase/response", "answer")
+
+
+# --- generate-certs.sh -------------------------------------------------------------------------
+
+
+def policy(directory: Path) -> verification.PolicyBuilder:
+    return verification.PolicyBuilder().store(verification.Store([load(directory, "ca")]))
+
+
+def verifies_as_client(directory: Path, name: str) -> bool:
+    try:
+        verified = policy(directory).build_client_verifier().verify(load(directory, name), [])
+    except verification.VerificationError:
+        return False
+    return verified.subjects is not None and x509.DNSName(name) in verified.subjects
+
+
+def verifies_as_server(
+    directory: Path, name: str, subject: x509.DNSName | x509.IPAddress | None = None
+) -> bool:
+    verifier = policy(directory).build_server_verifier(subject or x509.DNSName(name))
+    try:
+        verifier.verify(load(directory, name), [])
+    except verification.VerificationError:
+        return False
+    return True
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "client", "server"),
+    [
+        ("alice", True, False),
+        ("12345", True, False),
+        ("responder", True, True),
+        ("localhost", False, True),
+        ("mqtt.example.edu", False, True),
+    ],
+)
+def test_a_certificate_is_for_what_its_name_says(
+    certificates: Path, name: str, client: bool, server: bool
+) -> None:
+    assert verifies_as_client(certificates, name) is client
+    assert verifies_as_server(certificates, name) is server
+    assert not verifies_as_server(certificates, name, x509.DNSName("mallory"))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_localhost_is_also_known_by_its_addresses(certificates: Path, address: str) -> None:
+    subject = x509.IPAddress(ipaddress.ip_address(address))
+    assert verifies_as_server(certificates, "localhost", subject)
+
+
+def test_a_ca_is_valid_for_ten_years_and_its_certificates_for_one(certificates: Path) -> None:
+    for name, days in (("ca", 3650), ("alice", 365), ("localhost", 365)):
+        certificate = load(certificates, name)
+        lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+        assert lifetime == timedelta(days=days)
+
+
+def test_a_name_is_its_certificates_subject_and_the_key_is_its_own(certificates: Path) -> None:
+    certificate = load(certificates, "alice")
+    key = serialization.load_pem_private_key((certificates / "alice.key").read_bytes(), None)
+    assert certificate.subject.rfc4514_string() == "CN=alice"
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    assert isinstance(key.curve, ec.SECP256R1)
+    assert key.public_key() == certificate.public_key()
+
+
+def test_serial_numbers_are_random(certificates: Path) -> None:
+    serials = {load(certificates, name).serial_number for name in ("ca", "alice", "bob")}
+    assert len(serials) == 3
+    assert all(number.bit_length() > 64 for number in serials)  # chance of failure: 2^-63
+
+
+def test_the_ca_signs_certificates_and_no_other_certificate_can(certificates: Path) -> None:
+    ca = load(certificates, "ca").extensions
+    constraints = ca.get_extension_for_class(x509.BasicConstraints)
+    usage = ca.get_extension_for_class(x509.KeyUsage)
+    assert constraints.critical
+    assert constraints.value.ca
+    assert usage.critical
+    assert usage.value.key_cert_sign
+    assert usage.value.crl_sign
+    assert not usage.value.digital_signature
+    alice = load(certificates, "alice").extensions
+    assert not alice.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert not alice.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
+
+
+def test_keys_are_for_their_owner_alone_and_certificates_for_all(certificates: Path) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in certificates.iterdir()}
+    assert {mode for name, mode in modes.items() if name.endswith(".key")} == {0o600}
+    assert {mode for name, mode in modes.items() if name.endswith(".crt")} == {0o644}
+    assert all(name.endswith((".key", ".crt")) for name in modes)
+
+
+def test_a_second_run_adds_names_and_keeps_the_rest(own: Path) -> None:
+    before = snapshot(own)
+    made(own, "carol", "dave")
+    after = snapshot(own)
+    assert after.keys() - before.keys() == {"carol.crt", "carol.key", "dave.crt", "dave.key"}
+    assert all(after[name] == content for name, content in before.items())
+    assert verifies_as_client(own, "carol")
+
+
+@pytest.mark.parametrize("left", ["alice.crt", "alice.key"])
+def test_an_existing_name_is_refused_and_nothing_changed(own: Path, left: str) -> None:
+    (own / ({"alice.crt", "alice.key"} - {left}).pop()).unlink()
+    before = snapshot(own)
+    result = generate(own, "carol", "alice")
+    assert result.returncode == 1
+    assert "alice.crt or" in result.stderr
+    assert "exists" in result.stderr
+    assert snapshot(own) == before
+
+
+# Harmful as a file name, to openssl, as a topic level, in a DNS name; too long; not a name; taken.
+BAD_NAMES = [*"+#ä", "a+b", "a/b", "../a", ".a", "-a", "a=b", "a_b", "a-", "a.", "a..b", "Alice"]
+BAD_NAMES += [
+    "127.0.0.1",
+    "::1",
+    "ca",
+    "status",
+    "",
+    "a b",
+    "a\nb",
+    "a" * 64,
+    ".".join(["a" * 21] * 3),
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_is_not_harmless_everywhere_is_refused(tmp_path: Path, name: str) -> None:
+    result = generate(tmp_path / "certs", "alice", name)
+    assert result.returncode == 2
+    assert f"'{name}'" in result.stderr
+    assert not (tmp_path / "certs").exists()
+
+
+@pytest.mark.parametrize("arguments", [(), ("alice", "alice")], ids=["none", "one twice"])
+def test_names_are_given_and_given_once(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    assert generate(tmp_path / "certs", *arguments).returncode == 2
+    assert not (tmp_path / "certs").exists()
+
+
+@pytest.mark.parametrize("left", ["ca.crt", "ca.key"])
+def test_half_a_ca_is_not_replaced(own: Path, left: str) -> None:
+    (own / ({"ca.crt", "ca.key"} - {left}).pop()).unlink()
+    before = snapshot(own)
+    result = generate(own, "carol")
+    assert result.returncode == 1
+    assert "only one of ca.crt and ca.key" in result.stderr
+    assert snapshot(own) == before
+
+
+@pytest.mark.parametrize("fails_at", ["/CN=secure-mqtt CA", "/CN=carol", "/CN=dave", "x509"])
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, fails_at: str) -> None:
+    fake = tmp_path / "bin" / "openssl"
+    fake.parent.mkdir()
+    fake.write_text(
+        f'#!/bin/sh\nfor a; do [ "$a" != "{fails_at}" ] || {{ echo no more; exit 1; }}; done\n'
+        f'exec {shutil.which("openssl")} "$@"\n'
+    )
+    fake.chmod(0o755)
+    directory = tmp_path / "certs"
+    result = generate(directory, "carol", "dave", PATH=f"{fake.parent}:{os.environ['PATH']}")
+    assert result.returncode == 1
+    assert "no more" in result.stderr
+    assert list(directory.iterdir()) == []
+
+
+def test_two_runs_at_once_keep_out_of_each_others_way(own: Path) -> None:
+    (own / ".new").mkdir()  # as a run that is at work has it
+    result = generate(own, "carol")
+    assert result.returncode == 1
+    assert "another run is at work" in result.stderr
+    assert (own / ".new").exists()
+    assert not (own / "carol.crt").exists()
+
+
+# --- Who gets in -------------------------------------------------------------------------------
+
+
+def test_anonymous_clients_talk_on_the_plain_port(broker: BrokerSide) -> None:
+    with Client(broker.plain) as alice, Client(broker.plain) as responder:
+        round_trip("alice", alice, responder)
+
+
+def test_a_netid_and_the_responder_talk_with_certificates(broker: BrokerSide) -> None:
+    with (
+        certificate_client(broker, "alice") as alice,
+        certificate_client(broker, "responder") as responder,
+    ):
+        round_trip("alice", alice, responder)
+
+
+def test_a_certificate_passes_through_nginx(broker: BrokerSide) -> None:
+    with (
+        Client(broker.proxy, context(broker.directory, "alice")) as alice,
+        certificate_client(broker, "responder") as responder,
+    ):
+        round_trip("alice", alice, responder)
+
+
+def test_a_netid_with_a_password_talks_to_the_responder_with_a_certificate(
+    broker: BrokerSide,
+) -> None:
+    with (
+        password_client(broker, "alice") as alice,
+        certificate_client(broker, "responder") as responder,
+    ):
+        round_trip("alice", alice, responder)
+
+
+@pytest.mark.parametrize(
+    "login",
+    [("alice", "wrong"), ("alice", None), ("mallory", "wrong"), None],
+    ids=["wrong password", "no password", "unknown user", "no login"],
+)
+def test_a_bad_login_is_refused(broker: BrokerSide, login: tuple[str, str | None] | None) -> None:
+    client = Client(broker.password, context(broker.directory), login)
+    client.close()
+    assert client.reason.getName() == "Not authorized"
+
+
+# MQTT 3.1.1: CONNECT with a clean session and no client ID; CONNACK, accepted.
+CONNECT = bytes.fromhex("100c 00044d515454 04 02 003c 0000")
+ACCEPTED = bytes.fromhex("20020000")
+
+
+def talk(port: int, tls: ssl.SSLContext, sent: bytes = CONNECT, name: str = "localhost") -> bytes:
+    """Send to a TLS port and return the answer."""
+    with (
+        socket.create_connection(("127.0.0.1", port), SAFETY) as plain,
+        tls.wrap_socket(plain, server_hostname=name) as secure,
+    ):
+        secure.sendall(sent)
+        return secure.recv(4)
+
+
+def own_context(directory: Path, issuer: str, subject: str) -> ssl.SSLContext:
+    """Return a context with a certificate, issued now, that generate-certs.sh would not make."""
+    issue(directory, "own", issuer, subject)
+    return context(directory, "own")
+
+
+@pytest.mark.parametrize("port", ["tls", "proxy"])
+def test_a_client_without_a_good_certificate_is_refused(broker: BrokerSide, port: str) -> None:
+    number = getattr(broker, port)
+    certs = broker.directory
+    assert talk(number, context(certs, "alice")) == ACCEPTED
+    assert talk(number, own_context(certs, "ca", "alice")) == ACCEPTED
+    for tls, alert in (
+        (context(certs), "certificate required"),
+        (own_context(certs, "alice", "alice"), "unknown ca|invalid ca"),
+        (context(certs, "localhost"), "unsupported certificate"),
+    ):
+        # Nothing is sent, so that the alert is not lost to a reset of the connection.
+        with pytest.raises(ssl.SSLError, match=f"(?i)alert {alert}".replace(" ", "[ _]")):
+            talk(number, tls, b"")
+
+
+def test_every_port_is_on_loopback_alone(broker: BrokerSide) -> None:
+    for port in map(int, broker.ports.values()):
+        socket.create_connection(("127.0.0.1", port), SAFETY).close()
+        with pytest.raises(ConnectionRefusedError):  # a port on all addresses would answer here too
+            socket.create_connection(("127.0.0.2", port), SAFETY).close()
+
+
+# --- TLS versions and ciphers ------------------------------------------------------------------
+
+
+def client_hello(version: int, *suites: int) -> bytes:
+    """A TLS 1.0 to 1.2 ClientHello (RFC 5246, 7.4.1.2) that offers old things OpenSSL cannot."""
+    extensions = bytes.fromhex(
+        "000a 0006 0004 001d 0017"  # supported_groups: x25519, secp256r1
+        "000b 0002 01 00"  # ec_point_formats: uncompressed
+        "000d 0006 0004 0403 0401"  # signature_algorithms: ECDSA and RSA with SHA-256
+    )
+    body = struct.pack(">H32sB", version, os.urandom(32), 0)
+    body += struct.pack(f">H{len(suites)}H", 2 * len(suites), *suites)
+    body += b"\x01\x00" + struct.pack(">H", len(extensions)) + extensions
+    handshake = b"\x01" + len(body).to_bytes(3, "big") + body
+    return b"\x16\x03\x01" + struct.pack(">H", len(handshake)) + handshake
+
+
+def answer(port: int, hello: bytes) -> str:
+    """What a server says to a ClientHello: the version of its ServerHello, or its alert."""
+    with (
+        socket.create_connection(("127.0.0.1", port), SAFETY) as connection,
+        connection.makefile("rb") as stream,
+    ):
+        connection.sendall(hello)
+        record = stream.read(7)
+        if record[0] == 22:  # a handshake record: type, length and version of a ServerHello follow
+            return f"hello {stream.read(4)[2:].hex()}"
+        return {40: "handshake_failure", 70: "protocol_version"}[record[6]]
+
+
+GOOD = 0xC02B  # ECDHE-ECDSA-AES128-GCM-SHA256
+OLD = (0xC00A, 0xC009, 0xC014, 0xC013, 0x0035, 0x002F)  # AES-CBC with SHA-1: TLS 1.0 and later
+BAD = {
+    "null": (0x0001, 0x0002, 0x003B, 0xC001, 0xC006, 0xC010, 0xC015),
+    "export": (0x0003, 0x0006, 0x0008, 0x000B, 0x000E, 0x0011, 0x0014, 0x0017, 0x0019),
+    "anonymous": (0x0018, 0x001B, 0x0034, 0x003A, 0x006C, 0x00A6, 0xC018, 0xC019),
+    "RC4, DES and 3DES": (0x0004, 0x0005, 0x0009, 0x000A, 0x0016, 0xC007, 0xC008, 0xC011, 0xC012),
+    "CBC": (*OLD, 0x003C, 0xC023, 0xC024),
+    "no forward secrecy": (0x009C, 0x009D, 0xC02D, 0xC02E),
+}
+
+
+@pytest.mark.parametrize("port", ["tls", "proxy", "password"])
+def test_tls_1_0_and_1_1_are_refused(broker: BrokerSide, port: str) -> None:
+    number = getattr(broker, port)
+    assert answer(number, client_hello(0x0303, GOOD, *OLD)) == "hello 0303"
+    for version in (0x0301, 0x0302):
+        assert answer(number, client_hello(version, GOOD, *OLD)) == "protocol_version"
+
+
+@pytest.mark.parametrize("port", ["tls", "proxy", "password"])
+@pytest.mark.parametrize("suites", BAD.values(), ids=BAD)
+def test_weak_ciphers_are_refused(broker: BrokerSide, port: str, suites: tuple[int, ...]) -> None:
+    number = getattr(broker, port)
+    assert answer(number, client_hello(0x0303, *suites)) == "handshake_failure"
+    assert answer(number, client_hello(0x0303, *suites, GOOD)) == "hello 0303"
+
+
+def test_tls_1_3_is_spoken(broker: BrokerSide) -> None:
+    tls = context(broker.directory, "alice")
+    tls.minimum_version = ssl.TLSVersion.TLSv1_3
+    assert talk(broker.tls, tls) == ACCEPTED
+
+
+# --- Who may do what ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["certificate", "password"])
+def bob(broker: BrokerSide, request: pytest.FixtureRequest) -> Iterator[Client]:
+    """A NetID, logged in either way."""
+    login = certificate_client if request.param == "certificate" else password_client
+    with login(broker, "bob") as client:
+        yield client
+
+
+def test_a_netid_cannot_read_anothers_topics(broker: BrokerSide, bob: Client) -> None:
+    with (
+        certificate_client(broker, "alice") as alice,
+        certificate_client(broker, "responder") as responder,
+    ):
+        alice.subscribe("alice/+/response")
+        bob.subscribe("alice/reverse/response", "alice/#", "+/+/request", "+/+/response", "#")
+        alice.publish("alice/reverse/request", "for the responder")
+        responder.publish("alice/reverse/response", "for alice")
+        responder.publish("bob/reverse/response", "for bob")
+        assert alice.receive() == ("alice/reverse/response", "for alice")
+        assert bob.receive() == ("bob/reverse/response", "for bob")
+
+
+def test_a_netid_cannot_write_anothers_topics(broker: BrokerSide, bob: Client) -> None:
+    with (
+        certificate_client(broker, "alice") as alice,
+        certificate_client(broker, "responder") as responder,
+    ):
+        responder.subscribe("+/+/request")
+        alice.subscribe("alice/+/response")
+        bob.publish("alice/reverse/request", "forged")
+        bob.publish("alice/reverse/response", "forged")
+        bob.publish("bob/reverse/request", "bob's own")
+        assert responder.receive() == ("bob/reverse/request", "bob's own")
+        alice.publish("alice/reverse/request", "alice's own")
+        assert responder.receive() == ("alice/reverse/request", "alice's own")
+        responder.publish("alice/reverse/response", "true")
+        assert alice.receive() == ("alice/reverse/response", "true")
+
+
+def test_a_netid_cannot_answer_itself(broker: BrokerSide, bob: Client) -> None:
+    with certificate_client(broker, "responder") as responder:
+        bob.subscribe("bob/+/response")
+        bob.publish("bob/reverse/response", "forged")
+        responder.publish("bob/reverse/response", "true")
+        assert bob.receive() == ("bob/reverse/response", "true")
+
+
+def test_all_netids_read_the_status_and_none_writes_it(broker: BrokerSide, bob: Client) -> None:
+    with (
+        certificate_client(broker, "alice") as alice,
+        certificate_client(broker, "responder") as responder,
+    ):
+        responder.publish("status/responder", "online", retain=True)
+        bob.publish("status/responder", "forged", retain=True)
+        for client in (alice, bob):
+            client.subscribe("status/#")
+            assert client.receive() == ("status/responder", "online")
+        responder.publish("status/responder", "", retain=True)
+
+
+@pytest.mark.parametrize(
+    ("login", "name"),
+    [
+        ("certificate", "+"),
+        ("certificate", "#"),
+        ("certificate", "alice/key-exchange"),
+        ("password", "+"),  # mosquitto_passwd takes no "#"
+        ("password", "alice/key-exchange"),
+    ],
+)
+def test_a_name_with_wildcards_reaches_nobodys_topics(
+    broker: BrokerSide, login: str, name: str
+) -> None:
+    if login == "password":
+        mallory = password_client(broker, name)
+    else:
+        mallory = Client(broker.tls, own_context(broker.directory, "ca", name))
+    with (
+        mallory,
+        certificate_client(broker, "alice") as alice,
+        certificate_client(broker, "responder") as responder,
+    ):
+        mallory.subscribe("#")
+        alice.subscribe("alice/+/response")
+        responder.subscribe("+/+/request")
+        mallory.publish("alice/key-exchange/request", "forged")
+        mallory.publish("alice/key-exchange/response", "forged")
+        round_trip("alice", alice, responder)
+        # What mallory was sent would have come before the answer to another subscription.
+        mallory.subscribe("alice/nothing")
+        assert mallory.messages.empty()
+
+
+def test_a_certificate_names_its_client_whatever_that_says(broker: BrokerSide) -> None:
+    with (
+        certificate_client(broker, "alice", login=("bob", PASSWORDS["bob"])) as alice,
+        certificate_client(broker, "responder") as responder,
+    ):
+        responder.subscribe("+/+/request")
+        alice.publish("bob/reverse/request", "forged")
+        alice.publish("alice/reverse/request", "own")
+        assert responder.receive() == ("alice/reverse/request", "own")
+
+
+def test_a_netid_cannot_throw_another_off_by_its_client_id(broker: BrokerSide, bob: Client) -> None:
+    with certificate_client(broker, "alice", client_id="alice") as alice:
+        bob.close()
+        with (
+            certificate_client(broker, "bob", client_id="alice"),
+            certificate_client(broker, "responder", client_id="alice") as responder,
+        ):
+            round_trip("alice", alice, responder)
+            assert not alice.disconnected.is_set()
+
+
+# --- NGINX -------------------------------------------------------------------------------------
+
+
+def test_nginx_logs_each_connection(broker: BrokerSide) -> None:
+    log = broker.directory / "run" / "connections.log"
+    with socket.create_connection(("127.0.0.1", broker.proxy), SAFETY) as connection:
+        port = connection.getsockname()[1]
+    wait_until(lambda: f" 127.0.0.1:{port} status=200 " in log.read_text())
+
+
+def test_nginx_limits_the_connections_of_one_address(own: Path) -> None:
+    limit = 50
+    with started(own) as broker, ExitStack() as stack:
+        # What the script's own look at the port leaves is closed when it is logged.
+        log = own / "run" / "connections.log"
+        wait_until(lambda: "status=200" in log.read_text())
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", broker.proxy), SAFETY))
+            for _ in range(limit + 1)
+        ]
+        assert connections.pop().recv(1) == b""
+        connections.pop().close()
+        wait_until(lambda: log.read_text().count("status=200") == 2)
+        assert talk(broker.proxy, context(own, "alice")) == ACCEPTED
+
+
+# --- start -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_everything(own: Path, number: int) -> None:
+    with started(own) as broker:
+        assert broker.line.startswith("ready")
+        pids = children(broker).values()
+        assert broker.stop(number) == (0, "")
+        assert not any(map(is_running, pids))
+
+
+@pytest.mark.parametrize("victim", ["mosquitto", "nginx"])
+def test_when_one_program_ends_the_other_is_stopped(own: Path, victim: str) -> None:
+    with started(own) as broker:
+        family = children(broker)
+        os.kill(family[victim], signal.SIGKILL)
+        status, stderr = broker.ended()
+        assert status == 1
+        assert stderr.startswith(f"start: error: {victim} ended with exit status 137\n")
+        # The worker of a killed master is not the script's own to wait for.
+        wait_until(lambda: not any(map(is_running, family.values())))
+
+
+def test_it_starts_again_where_it_was_stopped(own: Path) -> None:
+    with started(own) as first:
+        assert talk(first.tls, context(own, "alice")) == ACCEPTED
+        assert first.stop() == (0, "")
+    with started(own, ports=first.ports) as second:
+        assert second.line == first.line
+        assert talk(second.proxy, context(own, "alice")) == ACCEPTED
+
+
+def test_without_a_password_file_there_is_no_port_for_passwords(own: Path) -> None:
+    with started(own) as broker:
+        assert broker.line.startswith("ready")
+        assert str(broker.password) not in broker.line
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", broker.password), SAFETY).close()
+
+
+def test_the_programs_get_copies_for_them_alone_and_not_the_ca_key(broker: BrokerSide) -> None:
+    run = broker.directory / "run"
+    for name in ("mosquitto.conf", "acl", "ca.crt", "localhost.crt", "localhost.key", "passwords"):
+        assert (run / name).stat().st_mode & 0o777 == 0o600
+    assert not (run / "ca.key").exists()
+
+
+def test_the_configuration_is_changed_as_its_head_says(own: Path, tmp_path: Path) -> None:
+    (own / "mqtt.example.edu.key").rename(tmp_path / "elsewhere.key")
+    changed = Path(shutil.copytree(BROKER, tmp_path / "broker"))
+    conf = (changed / "mosquitto.conf").read_text()
+    plain = "listener 1884 127.0.0.1\nallow_anonymous true\n"
+    assert conf.count(plain) == 1
+    conf = conf.replace(plain, "").replace("localhost.crt", "mqtt.example.edu.crt")
+    conf = conf.replace("localhost.key", str(tmp_path / "elsewhere.key"))
+    (changed / "mosquitto.conf").write_text(conf)
+    with started(own, script=changed / "start") as broker:
+        assert broker.line.startswith("ready"), broker.line
+        assert str(broker.plain) not in broker.line
+        assert talk(broker.tls, context(own, "alice"), name="mqtt.example.edu") == ACCEPTED
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has privileges to drop")
+def test_started_as_root_it_serves_as_another_user(broker: BrokerSide) -> None:
+    family = children(broker)
+    assert (broker.directory / "localhost.key").stat().st_uid == 0
+    mosquitto = pwd.getpwnam("mosquitto").pw_uid
+    assert user_of(family["mosquitto"]) == mosquitto
+    assert user_of(family["worker"]) not in (0, mosquitto)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the other tests show it")
+def test_it_runs_without_being_root(certificates: Path) -> None:
+    # Not below pytest's directory, which is for root alone.
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name, "certs")
+        shutil.copytree(certificates, directory)
+        shutil.copytree(BROKER, Path(name, "broker"))
+        for path in (Path(name), *Path(name).rglob("*")):
+            shutil.chown(path, "nobody")
+        script = Path(name, "broker", "start")
+        with started(directory, script=script, user="nobody", extra_groups=[]) as broker:
+            assert broker.line.startswith("ready"), broker.line
+            assert set(map(user_of, children(broker).values())) == {pwd.getpwnam("nobody").pw_uid}
+            assert talk(broker.proxy, context(directory, "alice")) == ACCEPTED
+            assert broker.stop() == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [(), ("one", "two")])
+def test_one_directory_is_given(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    result = subprocess.run(
+        [BROKER / "start", *arguments], capture_output=True, text=True, timeout=SAFETY
+    )
+    assert result.returncode == 2
+    assert "usage: broker/start DIR" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["start", "generate-certs.sh"])
+def test_help_is_the_head_of_the_script(script: str) -> None:
+    result = subprocess.run(
+        [BROKER / script, "--help"], capture_output=True, text=True, timeout=SAFETY
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "broker/generate-certs.sh" in result.stdout
+    assert "Exit status:" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("variable", "package"), [("MOSQUITTO", "mosquitto"), ("NGINX", "libnginx-mod-stream")]
+)
+def test_a_missing_program_is_named_with_its_package(
+    own: Path, variable: str, package: str
+) -> None:
+    status, stderr = refused(own, **{variable: "no-such-program"})
+    assert status == 1
+    assert "there is no program no-such-program" in stderr
+    assert package in stderr.split("hint:")[1]
+
+
+def test_a_missing_directory_or_certificate_is_named_with_what_makes_it(
+    own: Path, tmp_path: Path
+) -> None:
+    (own / "localhost.crt").unlink()
+    for directory, what in ((tmp_path / "none", "no directory"), (own, "localhost.crt")):
+        status, stderr = refused(directory)
+        assert status == 1
+        assert what in stderr
+        assert "generate-certs.sh" in stderr.split("hint:")[1]
+
+
+def test_a_port_in_use_is_named(own: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, stderr = refused(own, TLS_PORT=port)
+        assert status == 1
+        assert f"127.0.0.1:{port} is in use" in stderr
+
+
+@pytest.mark.parametrize("variable", ["MOSQUITTO", "NGINX"])
+def test_a_program_that_fails_at_once_ends_the_start(own: Path, variable: str) -> None:
+    fails = own / "fails"
+    fails.write_text("#!/bin/sh\necho its last words >&2\nexit 3\n")
+    fails.chmod(0o755)
+    status, stderr = refused(own, **{variable: str(fails)})
+    assert status == 1
+    assert f"{variable.lower()} ended with exit status 3" in stderr
+    assert "its last words" in stderr
+    assert "ready" not in stderr

@@ -1,0 +1,320 @@
+"""The command line: what is refused before anything happens, and what is read from it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAM, ROOT, SAFETY, Mosquitto, error_lines, run
+
+import secure_mqtt_client as program
+
+REQUEST = ("le0nh4rt", "uppercase", "text")
+
+
+class Listener:
+    """A server that takes connections, and tells whether one came."""
+
+    def __init__(self, server: socket.socket) -> None:
+        self.port: int = server.getsockname()[1]
+        self._server = server
+        server.setblocking(False)
+
+    def has_been_called(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            self._server.accept()[0].close()
+            return True
+        return False
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield Listener(server)
+
+
+def python_path(folder: Path, *blocked: str) -> dict[str, str]:
+    """Return an environment in which packages can't be imported, as if they were missing."""
+    for name in blocked:
+        error = f'ModuleNotFoundError("No module named {name!r}", name={name!r})'
+        (folder / f"{name}.py").write_text(f"raise {error}\n")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+# --- wrong usage -------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[list[str | bytes], str]] = {
+    "no arguments": ([], "NETID, ACTION and MESSAGE are needed, or --respond"),
+    "a NetID only": (["x"], "MESSAGE"),
+    "no message": (["x", "uppercase"], "MESSAGE"),
+    "too many arguments": ([*REQUEST, "more"], "more"),
+    "an unknown option": ([*REQUEST, "--colour"], "--colour"),
+    "an unknown short option": ([*REQUEST, "-x"], "-x"),
+    "an abbreviated option": ([*REQUEST, "--verb"], "--verb"),
+    "an option without its argument": ([*REQUEST, "--port"], "--port"),
+    "a flag with an argument": ([*REQUEST, "--verbose=yes"], "--verbose"),
+    "an unknown action": (["x", "upper", "text"], "random"),
+    "an action in capitals": (["x", "UPPERCASE", "text"], "uppercase"),
+    "the topic of the exchange as action": (["x", "key-exchange", "text"], "ACTION"),
+    "an empty action": (["x", "", "text"], "ACTION"),
+    "an empty NetID": (["", "uppercase", "text"], "NETID"),
+    "a NetID of two levels": (["a/b", "uppercase", "text"], "NETID"),
+    "a NetID with +": (["a+", "uppercase", "text"], "NETID"),
+    "a NetID that is #": (["#", "uppercase", "text"], "NETID"),
+    "a NetID with $ first, which + does not match": (["$x", "uppercase", "text"], "NETID"),
+    "a NetID of 65 characters": (["x" * 65, "uppercase", "text"], "64"),
+    "a NetID with a control character": (["a\nb", "uppercase", "text"], "NETID"),
+    "a NetID that is not UTF-8": ([b"\xff", "uppercase", "text"], "NETID"),
+    "an action that is not UTF-8": (["x", b"\xff", "text"], "ACTION"),
+    "a message that is not UTF-8": (["x", "uppercase", b"caf\xe9"], "MESSAGE"),
+    "port 0": ([*REQUEST, "-p", "0"], "65535"),
+    "port 65536": ([*REQUEST, "-p", "65536"], "65535"),
+    "port -1": ([*REQUEST, "-p", "-1"], "65535"),
+    "port abc": ([*REQUEST, "--port=abc"], "'abc'"),
+    "an empty port": ([*REQUEST, "--port="], "--port"),
+    "an empty host": ([*REQUEST, "--host", ""], "--host"),
+    "a host that is not UTF-8": ([*REQUEST, "--host", b"\xff"], "--host"),
+    "timeout 0": ([*REQUEST, "-W", "0"], "above 0"),
+    "timeout -1": ([*REQUEST, "-W", "-1"], "above 0"),
+    "timeout nan": ([*REQUEST, "-W", "nan"], "above 0"),
+    "timeout inf": ([*REQUEST, "-W", "inf"], "at most"),
+    "timeout abc": ([*REQUEST, "-W", "abc"], "'abc'"),
+    "an empty timeout": ([*REQUEST, "--timeout="], "--timeout"),
+    "an empty client ID": ([*REQUEST, "--id", ""], "--id"),
+    "a client ID of 64 KiB": ([*REQUEST, "--id", "x" * 65536], "65535"),
+    "a client ID that is not UTF-8": ([*REQUEST, "--id", b"\xff"], "--id"),
+    "respond with a request": (["--respond", *REQUEST], "--respond"),
+    "respond with an action": (["--respond", "x", "uppercase"], "--respond"),
+    "respond with a timeout": (["--respond", "--timeout", "3"], "--timeout"),
+    "respond to a NetID of two levels": (["--respond", "a/b"], "NETID"),
+    "local with a host": (["--local", "-h", "localhost", *REQUEST], "--host"),
+    "local with a port": (["--local", "-p", "1884", *REQUEST], "--port"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_usage_is_explained_before_any_connection(case: str, listener: Listener) -> None:
+    arguments, words = WRONG[case]
+    if "--local" not in arguments:
+        arguments = ["--host=127.0.0.1", f"--port={listener.port}", *arguments]
+    result = run(*arguments)
+    message, _, rest = error_lines(result).partition("\n")
+    assert message.startswith("secure_mqtt_client.py: error: ")
+    assert words in message
+    assert rest == program.USAGE + "\n"
+    assert (result.stdout, result.returncode) == (b"", 2)
+    assert not listener.has_been_called()
+
+
+@pytest.mark.parametrize("netid", ["a\0b", "\ud800"])
+def test_a_netid_that_no_shell_can_pass_is_refused(
+    netid: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main([netid, "uppercase", "text"]) == 2
+    assert "NETID" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["LANG", "LC_ALL"])
+@pytest.mark.parametrize("locale", ["C", "POSIX"])
+def test_wrong_usage_is_explained_in_any_locale(variable: str, locale: str) -> None:
+    env = {"PATH": os.environ["PATH"], variable: locale, "PYTHONUTF8": "0"}
+    result = run("naïve/漢字".encode(), "uppercase", "text", env=env)
+    assert result.returncode == 2
+    assert "NETID" in error_lines(result)
+    assert "Traceback" not in error_lines(result)
+
+
+# --- help and version --------------------------------------------------------------------------
+
+
+def printed(*arguments: str) -> str:
+    result = run(*arguments)
+    assert (error_lines(result), result.returncode) == ("", 0)
+    assert isinstance(result.stdout, bytes)
+    return result.stdout.decode()
+
+
+def test_help_names_every_option_and_argument() -> None:
+    text = printed("--help")
+    options = [name for each in program.build_parser()._actions for name in each.option_strings]
+    for name in "NETID", "ACTION", "MESSAGE", *options, *program.ACTIONS:
+        assert re.search(rf"(?<![\w-]){name}(?![\w-])", text)
+
+
+def test_help_fits_80_columns_of_ascii() -> None:
+    text = printed("--help")
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.isascii()
+
+
+def test_help_ends_with_three_examples_that_work() -> None:
+    name, *examples = printed("--help").rpartition("\n\n")[2].splitlines()
+    assert (name, len(examples)) == ("examples:", 3)
+    for example in examples:
+        command, *arguments = shlex.split(example.partition(" <")[0])
+        assert command == PROGRAM.name
+        program.parse_settings(arguments)
+
+
+def test_h_alone_prints_the_help_as_a_later_course_has_it() -> None:
+    assert printed("-h") == printed("--help") == printed(*REQUEST, "--help")
+
+
+def test_the_version_is_printed() -> None:
+    assert printed("--version") == f"{PROGRAM.name} {program.__version__}\n"
+
+
+def test_help_that_cannot_be_printed_is_an_error() -> None:
+    with open("/dev/full", "wb") as full:
+        result = run("--help", stdout=full)
+    assert "cannot write to standard output" in error_lines(result)
+    assert result.returncode == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["x", "upper", "text"], []])
+def test_help_and_wrong_usage_import_nothing_heavy(arguments: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", str(PROGRAM), *arguments]
+    modules = subprocess.run(command, capture_output=True, text=True, timeout=SAFETY).stderr
+    assert "argparse" in modules
+    for heavy in "paho", "cryptography", "asyncio", "amqtt", "logging", "multiprocessing":
+        assert not any(line.endswith(f" {heavy}") for line in modules.splitlines())
+
+
+# --- what is read ------------------------------------------------------------------------------
+
+SAME = [
+    ["-p", "5", "-v", "x", "reverse", "text"],
+    ["x", "-p", "5", "reverse", "-v", "text"],
+    ["x", "reverse", "text", "-vp5"],
+    ["--verbose", "x", "reverse", "--port=5", "text"],
+    ["-p", "4", "-v", "x", "reverse", "text", "-p", "5"],
+    ["-v", "-p", "5", "--", "x", "reverse", "text"],
+]
+
+
+@pytest.mark.parametrize("arguments", SAME, ids=" ".join)
+def test_options_may_stand_anywhere(arguments: list[str]) -> None:
+    assert program.parse_settings(arguments) == program.parse_settings(SAME[0])
+
+
+MESSAGES: dict[str, tuple[list[str], bytes]] = {
+    "an option's name after --": (["x", "reverse", "--", "--help"], b"--help"),
+    "a dash and a letter after --": (["x", "reverse", "--", "-x"], b"-x"),
+    "-- before all arguments": (["--", "x", "reverse", "-x"], b"-x"),
+    "-- before the action": (["x", "--", "reverse", "-x"], b"-x"),
+    "-- after --": (["x", "reverse", "--", "--"], b"--"),
+    "options, then --": (["-p", "5", "x", "reverse", "-v", "--", "-v"], b"-v"),
+    "a negative number": (["x", "reverse", "-5"], b"-5"),
+    "a negative fraction": (["x", "reverse", "-5.5"], b"-5.5"),
+    "a dash and a space": (["x", "reverse", "- text"], b"- text"),
+    "a text that begins with a known option": (["x", "reverse", "--", "-v text"], b"-v text"),
+    "nothing": (["x", "reverse", ""], b""),
+    "a space": (["x", "reverse", " "], b" "),
+    "an @, which argparse may read files for": (["x", "reverse", "@file"], b"@file"),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_the_message_may_be(case: str) -> None:
+    arguments, message = MESSAGES[case]
+    assert program.parse_settings(arguments).message == message
+
+
+def test_a_text_is_not_taken_apart_as_an_option() -> None:
+    with contextlib.suppress(program.UsageError):
+        assert program.parse_settings(["x", "reverse", "-v text"]).message == b"-v text"
+
+
+def test_the_defaults_are_the_labs() -> None:
+    settings = program.parse_settings([*REQUEST])
+    assert settings.broker == program.Broker("localhost", 1884, "le0nh4rt")
+    assert settings.timeout == 30
+    assert not settings.local
+    assert not settings.respond
+
+
+def test_a_dash_alone_means_standard_input_even_after_two() -> None:
+    for arguments in ["x", "reverse", "-"], ["x", "reverse", "--", "-"]:
+        assert program.parse_settings(arguments).message is None
+
+
+def test_a_responder_has_a_client_id_of_its_own() -> None:
+    one, other = (program.parse_settings(["--respond", "x"]).broker.client_id for _ in range(2))
+    assert len({one, other, "x"}) == 3
+    assert program.parse_settings(["--respond", "--id", "me"]).broker.client_id == "me"
+
+
+# --- where it is started, and with what --------------------------------------------------------
+
+
+@pytest.mark.usefixtures("responder")
+def test_it_works_from_another_folder_and_through_a_symbolic_link(
+    broker: Mosquitto, netid: str, tmp_path: Path
+) -> None:
+    (tmp_path / "crypto.py").write_text("raise SystemExit('the wrong module')")
+    (tmp_path / "link").symlink_to(PROGRAM)
+    result = run(
+        "-p", str(broker.port), netid, "reverse", "abc", program=tmp_path / "link", cwd=tmp_path
+    )
+    assert (error_lines(result), result.stdout, result.returncode) == ("", b"cba\n", 0)
+
+
+FOREIGN_GROUP = subprocess.run(
+    ["openssl", "genpkey", "-genparam", "-algorithm", "DH", "-pkeyopt", "group:modp_2048"],
+    capture_output=True,
+    check=True,
+).stdout
+
+
+@pytest.mark.parametrize("arguments", [REQUEST, ("--respond",)], ids=["request", "responder"])
+@pytest.mark.parametrize("content", [None, b"", FOREIGN_GROUP], ids=["missing", "empty", "foreign"])
+def test_an_unusable_group_file_is_explained_before_any_connection(
+    content: bytes | None, arguments: tuple[str, ...], listener: Listener, tmp_path: Path
+) -> None:
+    for name in PROGRAM.name, "crypto.py":
+        shutil.copy(ROOT / name, tmp_path)
+    if content is not None:
+        (tmp_path / "dhparam4096.pem").write_bytes(content)
+    result = run("-p", str(listener.port), *arguments, program=tmp_path / PROGRAM.name)
+    assert "dhparam4096.pem" in error_lines(result)
+    assert "Traceback" not in error_lines(result)
+    assert (result.stdout, result.returncode) == (b"", 1)
+    assert not listener.has_been_called()
+
+
+@pytest.mark.usefixtures("responder")
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("amqtt", ["--local", *REQUEST]),
+        ("amqtt", ["--local", "--respond"]),
+        ("paho", REQUEST),
+        ("paho", ["--respond"]),
+        ("cryptography", REQUEST),
+    ],
+)
+def test_a_missing_package_is_named_with_its_cure(
+    package: str, arguments: list[str], broker: Mosquitto, tmp_path: Path
+) -> None:
+    at_broker = [] if "--local" in arguments else ["-p", str(broker.port)]
+    result = run(*at_broker, *arguments, env=python_path(tmp_path, package))
+    assert package in error_lines(result)
+    assert "pip install" in error_lines(result)
+    assert "Traceback" not in error_lines(result)
+    assert (result.stdout, result.returncode) == (b"", 1)
+
+
+@pytest.mark.usefixtures("responder")
+def test_it_causes_no_warning(broker: Mosquitto, netid: str) -> None:
+    env = {**os.environ, "PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1"}
+    result = run("-p", str(broker.port), netid, "reverse", "abc", env=env)
+    assert (error_lines(result), result.stdout, result.returncode) == ("", b"cba\n", 0)

@@ -1,0 +1,53 @@
+"""What the project says in two places is the same in both."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from conftest import PROGRAM, ROOT
+
+import secure_mqtt_client as program
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def requirements(text: str) -> list[str]:
+    """Return the requirements in a file, without comments and white space."""
+    lines = [line.partition("#")[0].replace(" ", "").strip() for line in text.splitlines()]
+    return sorted(filter(None, lines))
+
+
+def metadata(name: str) -> object:
+    """Return a value of the program's inline metadata (PEP 723), whose syntax is TOML's."""
+    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", text_of(PROGRAM.name))
+    assert block
+    toml = re.sub(r"(?m)^# ?", "", block[1])
+    value = re.search(rf"(?ms)^{name} = (\[.*?\]|.*?)$", toml)
+    assert value
+    return ast.literal_eval(value[1])
+
+
+def test_the_readme_shows_the_help_as_it_is() -> None:
+    blocks = re.findall(r"(?ms)^```\w*\n(usage: .*?)^```$", text_of("README.md"))
+    assert blocks == [program.HELP]
+
+
+def test_the_inline_metadata_names_the_requirements() -> None:
+    dependencies = metadata("dependencies")
+    assert isinstance(dependencies, list)
+    assert requirements("\n".join(dependencies)) == requirements(text_of("requirements.txt"))
+
+
+def test_the_oldest_python_is_the_one_that_the_tools_check_for() -> None:
+    oldest = metadata("requires-python")
+    assert isinstance(oldest, str)
+    assert f'python_version = "{oldest.removeprefix(">=")}"' in text_of("pyproject.toml")
+
+
+def test_the_version_is_the_newest_in_the_changelog() -> None:
+    newest = re.search(r"(?m)^## \[?v?(\d[\w.]*)", text_of("CHANGELOG.md"))
+    assert newest
+    assert newest[1] == program.__version__

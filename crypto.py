@@ -396,7 +396,8 @@ def _check_algorithm(algorithm: Any, group: Group) -> None:
 
 def has_expired(certificate: bytes) -> bool:
     """Tell whether the notAfter (RFC 5280, 4.1.2.5) of a certificate (PEM) has passed."""
-    [tbs_certificate, *_] = from_der(from_pem(b"CERTIFICATE", certificate))
+    begin = certificate.index(b"-----BEGIN CERTIFICATE-----")  # a key may come first
+    [tbs_certificate, *_] = from_der(from_pem(b"CERTIFICATE", certificate[begin:]))
     [_, _, _, _, [_, (tag, not_after)], *_] = tbs_certificate  # after version, …, issuer
     if tag == UTC_TIME:  # YYMMDDHHMMSSZ, of 1950 to 2049
         not_after = (b"19" if not_after >= b"50" else b"20") + not_after

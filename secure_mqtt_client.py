@@ -186,8 +186,9 @@ class Tls(NamedTuple):
             except ssl.SSLError as error:
                 reason = "belong to each other" if "MISMATCH" in str(error) else "hold PEM"
                 raise UsageError(f"--cert and --key do not {reason}") from None
-            if crypto.has_expired(contents["--cert"]):
-                raise UsageError(f"--cert {self.certfile} has expired; renew it")
+            with contextlib.suppress(ValueError):  # not in DER: then the broker will tell
+                if crypto.has_expired(contents["--cert"]):
+                    raise UsageError(f"--cert {self.certfile} has expired; renew it")
         return context
 
 
@@ -503,7 +504,7 @@ class Connection:
     def flush(self, seconds: float) -> None:
         """Wait some seconds at most until the broker has acknowledged the last publication."""
         if self._last is not None:
-            with contextlib.suppress(RuntimeError):  # it was not published
+            with contextlib.suppress(RuntimeError, ValueError):  # it was not published
                 self._last.wait_for_publish(seconds)
 
     def check(self, ack: Ack) -> None:
@@ -781,7 +782,8 @@ class Responder:
         self._group = crypto.read_group()
         crypto.load_ciphers()
         self._status_topic = status_topic
-        self._status_at = self._started = time.monotonic()
+        self._started = time.monotonic()
+        self._status_at = float("inf")  # not before the first subscription
         self._counts = {"exchanges": 0, "requests": 0, "failures": 0}
         will = (status_topic, OFFLINE) if status_topic else None
         self._mqtt = Connection(broker, DEFAULT_TIMEOUT, is_permanent=True, will=will)
@@ -808,11 +810,14 @@ class Responder:
             with signals_blocked():
                 self._make_key_pairs(KEY_PAIR_STOCK)
             with self._mqtt:
-                while not self._is_stopped:
-                    self._report_status()
-                    with contextlib.suppress(queue.Empty):
-                        self._handle(self._mqtt.take(STATUS_INTERVAL))
-                self._drain()
+                try:
+                    while not self._is_stopped:
+                        self._report_status()
+                        with contextlib.suppress(queue.Empty):
+                            self._handle(self._mqtt.take(STATUS_INTERVAL))
+                    self._drain()
+                finally:
+                    self._go_offline()
         except BrokenExecutor:
             for process in multiprocessing.active_children():
                 process.kill()  # the pool only asks them to end, by a signal that is blocked
@@ -831,9 +836,11 @@ class Responder:
         with contextlib.suppress(queue.Empty):
             while self._waiting or self._deriving or not self._mqtt.events.empty():
                 self._handle(self._mqtt.take(max(0, end - time.monotonic())))
+
+    def _go_offline(self) -> None:
         if self._status_topic:
             self._mqtt.publish(self._status_topic, OFFLINE, retain=True)
-        self._mqtt.flush(max(0, end - time.monotonic()))
+        self._mqtt.flush(CLOSING_TIME)
 
     def _handle(self, event: Any) -> None:
         if isinstance(event, Message):
@@ -1148,7 +1155,7 @@ def build_parser() -> Parser:
     add("-i", "--id", type=checked(str, is_mqtt_string, "UTF-8 text of 1 to 65535 bytes"))
     add("--local", action="store_true")
     for option in ("--cafile", "--cert", "--key", "--password-file"):
-        add(option, default="", metavar="FILE")
+        add(option, type=checked(str, bool, "a file's name"), default=None)
     add("--tls", action="store_true")
     add("--insecure", action="store_true")
     add("-u", "--username", type=checked(str, is_mqtt_string, "UTF-8 text"))
@@ -1237,7 +1244,7 @@ def tls_settings(options: argparse.Namespace) -> Tls | None:
         raise UsageError("--cert and --key go together: a certificate and its private key")
     if options.insecure and options.cafile:
         raise UsageError("--insecure trusts any broker, --cafile only some; leave one out")
-    tls = Tls(options.cafile, options.cert, options.key, options.insecure)
+    tls = Tls(options.cafile or "", options.cert or "", options.key or "", options.insecure)
     if not (any(tls) or options.tls):
         return None
     tls.context()  # shows what is wrong with the files before anything else is done
@@ -1250,14 +1257,27 @@ def login(options: argparse.Namespace) -> tuple[str, bytes | None]:
     password = os.environ.get("MQTT_PASSWORD")
     if not username and (options.password_file or password is not None):
         raise UsageError("--password-file or MQTT_PASSWORD needs --username or MQTT_USERNAME")
+    if username and not is_mqtt_string(username):
+        raise UsageError("MQTT_USERNAME must be UTF-8 text")
     if options.password_file == "-":  # noqa: S105
-        import getpass
-
-        return username, getpass.getpass(f"Password of {username}: ").encode()
+        return username, ask_password(username)
     if options.password_file:
         content = read_file("--password-file", options.password_file)
         return username, content.removesuffix(b"\n").removesuffix(b"\r")
     return username, None if password is None else os.fsencode(password)
+
+
+def ask_password(username: str) -> bytes:
+    """Ask for a password at the terminal."""
+    import getpass
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", getpass.GetPassWarning)
+        try:
+            return getpass.getpass(f"Password of {username}: ").encode()
+        except (getpass.GetPassWarning, EOFError):
+            raise UsageError("--password-file - needs a terminal to ask at") from None
 
 
 def read_file(option: str, name: str) -> bytes:

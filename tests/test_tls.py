@@ -138,7 +138,10 @@ def test_insecure_trusts_any_broker_and_says_so(
     assert "--insecure" in warning
     assert "error" not in warning
     without = [f"--cafile={broker.directory}/ca.crt", *own_files, "-h127.1", f"-p{broker.tls}"]
-    assert "its certificate is for localhost, 127.0.0.1, ::1, not for 127.1" in failure(*without)[0]
+    assert (
+        "its certificate is for 'localhost', '127.0.0.1', '::1', not for 127.1"
+        in failure(*without)[0]
+    )
 
 
 def test_tls_alone_trusts_whom_the_system_trusts(
@@ -347,7 +350,7 @@ SERVERS: dict[str, tuple[dict[str, object], str, str]] = {
     "not valid yet": ({"names": ("localhost",), **FUTURE}, "is not valid yet", "clock"),
     "for others": (
         {"names": ("mqtt.example.edu", "mqtt.example.org")},
-        "its certificate is for mqtt.example.edu, mqtt.example.org, not for localhost",
+        "its certificate is for 'mqtt.example.edu', 'mqtt.example.org', not for localhost",
         "--host",
     ),
     "for no host": (

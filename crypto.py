@@ -18,7 +18,6 @@ import contextlib
 import functools
 import io
 import os
-import pickle
 import re
 import socket
 import time
@@ -249,6 +248,8 @@ class _BackgroundExchange(Exchange):
         return self._ask("decrypt", token)
 
     def _ask(self, method: str, *arguments: bytes) -> bytes:
+        import pickle
+
         pickle.dump((method, *arguments), self._channel)
         self._channel.flush()
         answer: bytes | Exception = pickle.load(self._channel)  # noqa: S301 - it comes from our own child
@@ -270,6 +271,8 @@ def _answer_parent(channel: io.BufferedRWPair) -> NoReturn:
 
 def _answer_once(exchange: Exchange, channel: io.BufferedRWPair) -> None:
     """Do one thing for the parent, and keep nothing of it: a message may be large."""
+    import pickle
+
     method, *arguments = pickle.load(channel)  # noqa: S301 - it comes from our own parent
     try:
         answer = getattr(exchange, method)(*arguments)

@@ -137,6 +137,13 @@ def to_bytes(text: str | bytes) -> bytes:
     return text.encode() if isinstance(text, str) else text
 
 
+def digest(data: bytes) -> bytes:
+    """Return the SHA-256 of some bytes, to recognise them by."""
+    import hashlib
+
+    return hashlib.sha256(data).digest()
+
+
 def token_size(plaintext_size: int) -> int:
     """Return the size in bytes of the Fernet token of a plaintext of a size in bytes."""
     ciphertext_size = plaintext_size - plaintext_size % 16 + 16  # AES-CBC pads to whole blocks
@@ -320,8 +327,6 @@ def derive_key(secret: int) -> bytes:
 @functools.cache
 def read_group(param_file: str = GROUP_FILE) -> Group:
     """Read the lab's group from its file, as generate_keyset does."""
-    import hashlib
-
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), param_file)
     try:
         with open(path, "rb") as file:
@@ -330,7 +335,7 @@ def read_group(param_file: str = GROUP_FILE) -> Group:
         raise KeyFileError(f"cannot read the group in {path}: {error.strerror}") from None
     except ValueError as error:
         raise KeyFileError(f"{path} does not hold the lab's group: {error}") from None
-    if hashlib.sha256(der).hexdigest() != GROUP_SHA256:
+    if digest(der).hex() != GROUP_SHA256:
         raise KeyFileError(f"{path} does not hold the lab's group, but another")
     p, g = from_der(der)
     return Group(p, g)

@@ -555,11 +555,13 @@ class Connection:
                 self._next(stage)  # what came before the request is no answer to it
             self.publish(REQUEST.format(netid, action), payload)
             log().info("sent %d bytes for %s", len(payload), stage)
+            size, digest = len(payload), crypto.digest(payload)
+            del payload  # it may be large
             while True:
                 event = self._next(stage)
                 if isinstance(event, Message) and event.topic == RESPONSE.format(netid, action):
                     try:
-                        result = read(usable_payload(event, payload))
+                        result = read(usable_payload(event, size, digest))
                     except (UnusableError, crypto.CryptoError) as error:
                         ignored[str(error)] += 1
                     else:
@@ -662,15 +664,19 @@ def backoff() -> Iterator[float]:
         yield random.uniform(ceiling / 2, ceiling)
 
 
-def usable_payload(answer: Message, request: bytes) -> bytes:
-    """Return an answer's payload. UnusableError if it is no answer, whatever it means."""
+def usable_payload(answer: Message, size: int, digest: bytes) -> bytes:
+    """Return an answer's payload. UnusableError if it is no answer, whatever it means.
+
+    :param size: of our own message, in bytes
+    :param digest: of our own message
+    """
     if answer.retained:
         raise UnusableError("retained from an earlier run")
     # No action makes a text more than three times as long. A broker that sends far more wants us to
     # be busy with it when the time is over.
-    if len(answer.payload) > 4 * len(request) + crypto.MAX_KEY_FILE_SIZE:
+    if len(answer.payload) > 4 * size + crypto.MAX_KEY_FILE_SIZE:
         raise UnusableError("far too large for an answer")
-    if answer.payload == request:  # it would decrypt: both directions have one key
+    if crypto.digest(answer.payload) == digest:  # it would decrypt: both directions have one key
         raise UnusableError("our own message handed back")
     return answer.payload
 
@@ -714,9 +720,9 @@ def request(settings: Settings, exchange: crypto.Exchange, message: bytes) -> by
         mqtt.subscribe(RESPONSE.format(netid, KEY_EXCHANGE), RESPONSE.format(netid, action))
         mqtt.wait_for("SUBACK")
         mqtt.call(netid, KEY_EXCHANGE, exchange.public_key(), exchange.agree)
-        token = exchange.encrypt(message)
-        del message  # it may be large, and waiting is the time of many such messages
-        text = mqtt.call(netid, action, token, exchange.decrypt)
+        tokens = [exchange.encrypt(message)]
+        del message  # both may be large, and are not needed while the answer is
+        text = mqtt.call(netid, action, tokens.pop(), exchange.decrypt)
     if not is_utf8(text):
         raise ProgramError("the response is not UTF-8 text", "the responder breaks the protocol")
     return text

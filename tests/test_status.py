@@ -35,8 +35,10 @@ def parse(payload: bytes | str) -> dict[str, object]:
 
 
 def retained(peer: Connect, port: int) -> dict[str, object]:
-    """Return what a client that comes now is told."""
-    return parse(peer(port, TOPIC).receive(TOPIC))
+    """Return what a client that comes now is told at once."""
+    client = peer(port, TOPIC, "end")
+    client.publish("end", b"")
+    return parse(client.receive(TOPIC))
 
 
 def counts(status: dict[str, object]) -> tuple[object, ...]:

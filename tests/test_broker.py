@@ -308,7 +308,7 @@ def test_a_netid_with_a_password_talks_to_the_responder_with_a_certificate(
 def test_a_bad_login_is_refused(broker: BrokerSide, login: tuple[str, str | None] | None) -> None:
     client = Client(broker.password, context(broker.directory), login)
     client.close()
-    assert client.reason.getName() == "Not authorized"
+    assert client.reason == "Not authorized"
 
 
 # MQTT 3.1.1: CONNECT with a clean session and no client ID; CONNACK, accepted.

@@ -104,7 +104,8 @@ MAX_TOKEN_SIZE = 268_435_455 - 1024  # bytes: MQTT 3.1.1, 2.2.3, less room for t
 QOS = 1
 KEEPALIVE = 15  # seconds of silence after which a broker is asked for a sign of life
 LOOP_INTERVAL = 1.0  # seconds between looks at the time, for keep-alive
-CLOSING_TIME = 1.0  # seconds that the network thread has to end
+CLOSING_TIME = 0.3  # seconds that the network thread has to send DISCONNECT
+PROBE_TIME = 1.0  # seconds to find out why TLS has failed
 
 # The responder. What goes beyond a bound is dropped, with a warning.
 MAX_NETIDS = 10_000  # the least recently used is forgotten first
@@ -172,14 +173,16 @@ class Tls(NamedTuple):
 
         files = {"--cafile": self.cafile, "--cert": self.certfile, "--key": self.keyfile}
         contents = {option: read_file(option, name) for option, name in files.items() if name}
-        try:
-            context = ssl.create_default_context(cafile=self.cafile or None)
-        except ssl.SSLError:
-            raise UsageError(f"--cafile {self.cafile} holds no certificate in PEM") from None
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if self.is_insecure:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
+        else:
+            try:
+                context = ssl.create_default_context(cafile=self.cafile or None)
+            except ssl.SSLError:
+                raise UsageError(f"--cafile {self.cafile} holds no certificate in PEM") from None
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
         if self.certfile:
             try:
                 context.load_cert_chain(self.certfile, self.keyfile, refuse_password)
@@ -330,7 +333,7 @@ class Connection:
         client.on_socket_open = self._on_socket_open
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
-        client.on_publish = lambda *_: self._acknowledge_at_once()
+        client.on_publish = lambda client, *_: acknowledge_at_once(client.socket())
         client.on_message = lambda client, userdata, message: self._put(
             Message(message.topic, bytes(message.payload), message.retain)
         )
@@ -372,7 +375,11 @@ class Connection:
         readable, writable, _ = select.select([sock, self._wake_end], to_write, [], seconds)
         if self._wake_end in readable:
             self._wake_end.recv(4096)
-        code = client.loop_read() if sock in readable or is_pending else 0
+        code = 0
+        if sock in readable or is_pending:
+            code = client.loop_read()
+            if self._broker.tls:  # its session tickets are no packets that paho tells of
+                acknowledge_at_once(sock)
         code = code or (client.loop_write() if writable else 0)
         return code or client.loop_misc()
 
@@ -408,18 +415,8 @@ class Connection:
         self._put(Ack("CONNACK", [code.value], str(code).lower()))
 
     def _on_subscribe(self, client: Any, userdata: Any, mid: int, codes: Any, _: Any) -> None:
-        self._acknowledge_at_once()
+        acknowledge_at_once(client.socket())
         self._put(Ack("SUBACK", [code.value for code in codes], ""))
-
-    def _acknowledge_at_once(self) -> None:
-        """Make TCP acknowledge what just came, where it can (Linux).
-
-        mosquitto by default leaves Nagle's algorithm on, so its next small packet waits for the
-        acknowledgement of this one, which TCP delays by 40 ms.
-        """
-        sock: Any = self._client.socket()
-        if sock is not None and hasattr(socket, "TCP_QUICKACK"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def _explain(self, error: Exception) -> ProgramError:
         """Return the error for the end of a connection, which depends on how far it got."""
@@ -589,6 +586,17 @@ class Connection:
         return event
 
 
+def acknowledge_at_once(sock: Any) -> None:
+    """Make TCP acknowledge what has just come, where it can (Linux).
+
+    mosquitto by default leaves Nagle's algorithm on: its next small packet waits for the
+    acknowledgement of the last one, which TCP would delay by 40 ms.
+    """
+    if hasattr(socket, "TCP_QUICKACK"):
+        with contextlib.suppress(OSError):  # the connection has ended
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
 # Parts of what OpenSSL says, each with what it means and what to do.
 TLS_PROBLEMS = (
     (
@@ -603,6 +611,11 @@ TLS_PROBLEMS = (
         "check this machine's clock",
     ),
     (("mismatch",), "its certificate is for {names}, not for {host}", "check --host"),
+    (
+        ("verify failed",),
+        "its certificate is not good ({reason})",
+        "it must be for a server, and issued by the authority in --cafile",
+    ),
     (
         ("certificate required", "handshake failure"),
         "it wants a client certificate",
@@ -623,15 +636,17 @@ TLS_PROBLEMS = (
 
 def tls_problem(broker: Broker, tls: Tls) -> ProgramError | None:
     """Return the error if TLS with a broker fails: tries it, as paho does not pass alerts on."""
-    context = tls.context()
     try:
-        with socket.create_connection((broker.host, broker.port), CLOSING_TIME) as plain:
+        context = tls.context()
+        with socket.create_connection((broker.host, broker.port), PROBE_TIME) as plain:
             context.wrap_socket(plain, server_hostname=broker.host).recv(1)
         return None
     except TimeoutError:
         return None
+    except UsageError as error:  # a file has just become unusable
+        return error
     except OSError as error:
-        reason = str(error)
+        reason = re.sub(r"\[SSL.*?\] | \(_ssl.*\)", "", str(error))
     for parts, problem, hint in TLS_PROBLEMS:
         if any(part in reason.lower() for part in parts):
             names = certified_names(broker) if "{names}" in problem else ""
@@ -647,7 +662,7 @@ def certified_names(broker: Broker) -> str:
     from cryptography import x509
 
     with contextlib.suppress(OSError, ValueError, x509.ExtensionNotFound):
-        pem = ssl.get_server_certificate((broker.host, broker.port), timeout=CLOSING_TIME)
+        pem = ssl.get_server_certificate((broker.host, broker.port), timeout=PROBE_TIME)
         certificate = x509.load_pem_x509_certificate(pem.encode())
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return ", ".join(repr(str(name.value)) for name in names)  # a stranger chose them
@@ -819,8 +834,9 @@ class Responder:
                 try:
                     while not self._is_stopped:
                         self._report_status()
+                        seconds = min(STATUS_INTERVAL, self._status_at - time.monotonic())
                         with contextlib.suppress(queue.Empty):
-                            self._handle(self._mqtt.take(STATUS_INTERVAL))
+                            self._handle(self._mqtt.take(max(0, seconds)))
                     self._drain()
                 finally:
                     self._go_offline()
@@ -867,7 +883,7 @@ class Responder:
 
     def _report_status(self) -> None:
         now = time.monotonic()
-        if not self._status_topic or now < self._status_at:
+        if now < self._status_at:
             return
         import json
 
@@ -888,7 +904,7 @@ class Responder:
         if ack.packet == "CONNACK":
             self._mqtt.subscribe(REQUEST.format(self._netid or "+", "+"))
         else:
-            self._status_at = time.monotonic()
+            self._status_at = time.monotonic() if self._status_topic else float("inf")
             self._on_ready()
 
     def _receive(self, message: Message) -> None:
@@ -1138,8 +1154,8 @@ class Parser(argparse.ArgumentParser):
         return HELP
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError."""
-        raise UsageError(message)
+        """Raise UsageError. What follows an unknown option may be a password: it is not shown."""
+        raise UsageError(re.sub(r"(--[\w-]+)=.*", r"\1=...", message))
 
     def _print_message(self, message: str, file: Any = None) -> None:
         write_output(message.encode())
@@ -1253,7 +1269,8 @@ def tls_settings(options: argparse.Namespace) -> Tls | None:
     tls = Tls(options.cafile or "", options.cert or "", options.key or "", options.insecure)
     if not (any(tls) or options.tls):
         return None
-    tls.context()  # shows what is wrong with the files before anything else is done
+    if tls.cafile or tls.certfile:
+        tls.context()  # shows what is wrong with the files before anything else is done
     return tls
 
 

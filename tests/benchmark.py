@@ -97,9 +97,11 @@ def measure_start(broker: Mosquitto, folder: Path) -> None:
 def responding(broker: Mosquitto, env: dict[str, str]) -> Iterator[ResponderProcess]:
     """Run a responder at a broker."""
     responder = ResponderProcess("-p", str(broker.port), env=env)
-    responder.wait_for("ready")
-    yield responder
-    responder.stop()
+    try:
+        responder.wait_for("ready")
+        yield responder
+    finally:
+        responder.stop()
 
 
 def has_gmpy2() -> bool:

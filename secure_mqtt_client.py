@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # else loaded where they are used: --help and usage errors ne
     import logging
     import ssl
     from concurrent.futures import Future, ProcessPoolExecutor
+    from multiprocessing.process import BaseProcess
 
     import paho.mqtt.client as paho
 
@@ -830,6 +831,8 @@ class Responder:
         try:
             with signals_blocked():
                 self._make_key_pairs(KEY_PAIR_STOCK)
+            children = multiprocessing.active_children()
+            threading.Thread(target=self._watch, args=[children], daemon=True).start()
             with self._mqtt:
                 try:
                     while not self._is_stopped:
@@ -841,17 +844,25 @@ class Responder:
                 finally:
                     self._go_offline()
         except BrokenExecutor:
-            for process in multiprocessing.active_children():
-                process.kill()  # the pool only asks them to end, by a signal that is blocked
             hint = "start the responder again; the machine may be short of memory"
             raise ProgramError("a process of the responder was ended", hint) from None
         finally:
+            self._is_stopped = True
             self._pool.shutdown(cancel_futures=True)
 
     def stop(self) -> None:
         """Make run() finish what is being answered and return; safe in a signal handler."""
         self._is_stopped = True
         self._mqtt.events.put(None)
+
+    def _watch(self, processes: Sequence[BaseProcess]) -> None:
+        """Kill the other processes if one is lost: the pool only sends them a blocked signal."""
+        from multiprocessing.connection import wait
+
+        wait([process.sentinel for process in processes])
+        if not self._is_stopped:
+            for process in processes:
+                process.kill()
 
     def _drain(self) -> None:
         end = time.monotonic() + DRAINING_TIME
@@ -862,7 +873,7 @@ class Responder:
     def _go_offline(self) -> None:
         if self._status_topic:
             self._mqtt.publish(self._status_topic, OFFLINE, retain=True)
-        self._mqtt.flush(CLOSING_TIME)
+        self._mqtt.flush(DRAINING_TIME)
 
     def _handle(self, event: Any) -> None:
         if isinstance(event, Message):
@@ -1231,6 +1242,9 @@ def parse_settings(arguments: list[str]) -> Settings:
     if arguments == ["-h"]:  # a later edition of the course means --help by it
         arguments = ["--help"]
     end = arguments.index("--") if "--" in arguments else len(arguments)
+    for text in arguments[:end]:
+        if re.match("-[^=]*\\s", text):  # Python 3.13.0 would take such a MESSAGE apart
+            raise UsageError("an argument that begins with a dash is an option; put -- before it")
     options = parser.parse_intermixed_args(arguments[:end])
     words = options.words + arguments[end + 1 :]
     check_combination(options, words)

@@ -1243,7 +1243,7 @@ def parse_settings(arguments: list[str]) -> Settings:
         arguments = ["--help"]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     for text in arguments[:end]:
-        if re.match("-[^=]*\\s", text):  # Python 3.13.0 would take such a MESSAGE apart
+        if re.match(r"-[A-Za-z][^=]*\s", text):  # Python 3.13.0 would take such a MESSAGE apart
             raise UsageError("an argument that begins with a dash is an option; put -- before it")
     options = parser.parse_intermixed_args(arguments[:end])
     words = options.words + arguments[end + 1 :]

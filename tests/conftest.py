@@ -71,15 +71,6 @@ def wait_until(condition: Callable[[], object], seconds: float = SAFETY) -> None
         pause.wait(0.01)
 
 
-def accepts_connections(port: int) -> bool:
-    """Tell whether something listens on a port of the loopback interface."""
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
-    return True
-
-
 def processes_below(pid: int) -> set[int]:
     """Return the processes that a process has started, and those that they have started."""
     parents: dict[int, int] = {}
@@ -151,6 +142,7 @@ class Mosquitto:
             f"listener {self.port} 127.0.0.1\nallow_anonymous true\n"
             f"max_queued_messages 0\nuser root\n{extra}\n"
         )
+        self._starts = 0
         self.process: subprocess.Popen[bytes]
         self.start()
 
@@ -162,7 +154,14 @@ class Mosquitto:
         with self._log.open("ab") as log:
             command = [program, "-c", str(self._config)]
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_until(lambda: accepts_connections(self.port) or self.process.poll() is not None)
+        # Its own word, as another program may listen on the port.
+        self._starts += 1
+        wait_until(
+            lambda: (
+                self._log.read_bytes().count(b" running") >= self._starts
+                or self.process.poll() is not None
+            )
+        )
         assert self.process.poll() is None, self._log.read_text()
 
     def kill(self, how: int = signal.SIGKILL) -> None:

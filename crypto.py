@@ -137,7 +137,7 @@ def to_bytes(text: str | bytes) -> bytes:
     return text.encode() if isinstance(text, str) else text
 
 
-def digest(data: bytes) -> bytes:
+def digest(data: bytes | bytearray) -> bytes:
     """Return the SHA-256 of some bytes, to recognise them by."""
     import hashlib
 

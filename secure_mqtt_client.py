@@ -260,7 +260,7 @@ class Message(NamedTuple):
     """A PUBLISH that came in."""
 
     topic: str
-    payload: bytes
+    payload: bytes | bytearray  # as paho has it: a copy of a huge one would take long
     retained: bool
 
 
@@ -336,7 +336,7 @@ class Connection:
         client.on_subscribe = self._on_subscribe
         client.on_publish = lambda client, *_: acknowledge_at_once(client.socket())
         client.on_message = lambda client, userdata, message: self._put(
-            Message(message.topic, bytes(message.payload), message.retain)
+            Message(message.topic, message.payload, message.retain)
         )
         return client
 
@@ -477,12 +477,12 @@ class Connection:
             self._notice.start()
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        """Disconnect."""
+    def __exit__(self, error: object, *exc_info: object) -> None:
+        """Disconnect; after an error without waiting, as the time may be over."""
         self._closed.set()
         self._notice.cancel()
         self._client.disconnect()
-        self._thread.join(CLOSING_TIME)
+        self._thread.join(0 if error else CLOSING_TIME)
         self._wake_source.close()
         self._wake_end.close()
 
@@ -694,7 +694,7 @@ def usable_payload(answer: Message, size: int, digest: bytes) -> bytes:
         raise UnusableError("far too large for an answer")
     if crypto.digest(answer.payload) == digest:  # it would decrypt: both directions have one key
         raise UnusableError("our own message handed back")
-    return answer.payload
+    return bytes(answer.payload)
 
 
 def no_answer(netid: str, action: str, timeout: float, ignored: Counter[str]) -> ProgramError:
@@ -920,7 +920,7 @@ class Responder:
 
     def _receive(self, message: Message) -> None:
         netid, action, suffix, *_ = (*message.topic.split("/", 2), "", "")
-        request = Incoming(netid, action, message.payload, time.monotonic())
+        request = Incoming(netid, action, bytes(message.payload), time.monotonic())
         is_ours = NETID.fullmatch(netid) and self._netid in ("", netid)
         if not is_ours or suffix != "request" or message.retained:
             self._fail(request, "retained, or on a topic that was not subscribed to")

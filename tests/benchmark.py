@@ -172,7 +172,7 @@ def stages(broker: Mosquitto) -> Iterator[tuple[str, ...]]:
             "request and response",
             lambda: mqtt.call(netid, action, token, exchange.decrypt),  # noqa: B023
         )
-        stage("disconnect", lambda: mqtt.__exit__())  # noqa: B023
+        stage("disconnect", lambda: mqtt.__exit__(None))  # noqa: B023
     yield "stage", "median"
     for name, seconds in times.items():
         yield name, milliseconds(statistics.median(seconds))

@@ -707,11 +707,11 @@ def test_a_response_that_takes_long_to_check_does_not_outlast_the_timeout() -> N
     """The broker sends forged tokens of 248 MiB, each of which takes two seconds to refuse."""
     forged = publish(TOPIC, b"gAAAAAB_" * (31 * MIB))
     seconds = []
-    for _ in range(3):  # the least counts: other tests move gigabytes at the same time
+    for _ in range(3):  # the median counts, as the machine may be busy
         with hostile_broker({"request": lambda c: c.flood(forged)}) as (port, conversations):
             check(attacked(port), "response")
             seconds.append(time.monotonic() - conversations[0].began)
-    assert min(seconds) < TIMEOUT + LATENESS, seconds
+    assert sorted(seconds)[1] < TIMEOUT + LATENESS, seconds
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the size of memory from /proc")

@@ -1,11 +1,13 @@
-"""Measure the program, in one run: python tests/benchmark.py [PART ...]
+"""Measure the program, in one run: python tests/benchmark.py [--svg FILE] [PART ...]
 
 Every figure is measured here and now. On a shared machine only the ratios mean something; each is
 taken between commands that ran in turn. gmpy2 is switched off by a module of its name that fails.
+--svg draws what the parts suites, exchanges and lines have measured.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import os
@@ -16,21 +18,37 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import paho.mqtt.client as paho
 from broker_side import made
-from conftest import PROGRAM, ROOT, SAFETY, Mosquitto, ResponderProcess, free_port, run
+from conftest import (
+    PROGRAM,
+    ROOT,
+    SAFETY,
+    Mosquitto,
+    ResponderProcess,
+    free_port,
+    processes_below,
+    run,
+)
+from hostile import CONNACK, PUBACK, PUBLISH, QOS_1, SUBACK, connect, packet, publish, subscribe
 from paho.mqtt.enums import CallbackAPIVersion
 
 import crypto
 import secure_mqtt_client as program
 
+if TYPE_CHECKING:
+    import io
+
 FLOOR = "import paho.mqtt.client, cryptography.fernet, cryptography.hazmat.primitives.kdf.hkdf"
 ROUNDS = 21
+TEXT = b"Networking is the best!"
 T = TypeVar("T")
 
 
@@ -72,7 +90,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 def measure_start(broker: Mosquitto, folder: Path) -> None:
     """Compare whole commands with the import floor, which runs in turn with them."""
     port = str(broker.port)
-    request = [str(PROGRAM), "-p", port, "bench", "uppercase", "Networking is the best!"]
+    request = [str(PROGRAM), "-p", port, "bench", "uppercase", TEXT.decode()]
     floor = ["-c", FLOOR]
     rows: list[tuple[str, ...]] = [("command", "median", "ratio to the floor")]
     plain = without_gmpy2(folder / "plain")
@@ -94,9 +112,11 @@ def measure_start(broker: Mosquitto, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def responding(broker: Mosquitto, env: dict[str, str]) -> Iterator[ResponderProcess]:
+def responding(
+    broker: Mosquitto, env: dict[str, str], *arguments: str
+) -> Iterator[ResponderProcess]:
     """Run a responder at a broker."""
-    responder = ResponderProcess("-p", str(broker.port), env=env)
+    responder = ResponderProcess(*arguments, "-p", str(broker.port), env=env)
     try:
         responder.wait_for("ready")
         yield responder
@@ -130,9 +150,19 @@ def times_in_turn(commands: dict[str, list[str]], env: dict[str, str]) -> dict[s
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def median_ratio(ours: list[float], theirs: list[float]) -> float:
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Return the median of the ratios of pairs."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def settings_of(port: int, netid: str) -> program.Settings:
+    """Return the settings of a client that asks for a text in uppercase."""
+    return program.parse_settings(["-p", str(port), netid, "uppercase", TEXT.decode()])
+
+
+def new_exchange(settings: program.Settings) -> crypto.Exchange:
+    """Return an exchange in the suite of the settings."""
+    return crypto.Exchange(settings.netid, settings.suite)
 
 
 def stages(broker: Mosquitto) -> Iterator[tuple[str, ...]]:
@@ -145,32 +175,29 @@ def stages(broker: Mosquitto) -> Iterator[tuple[str, ...]]:
         times.setdefault(name, []).append(time.perf_counter() - start)
         return result
 
-    netid, action = "stages", "uppercase"
-    topics = [program.RESPONSE.format(netid, name) for name in (program.KEY_EXCHANGE, action)]
+    settings = settings_of(broker.port, "stages")
+    asking, answering = program.topics(settings)
+    floor = [sys.executable, "-c", FLOOR]
     for _ in range(ROUNDS):
-        stage(
-            "imports (a process of its own)", lambda: subprocess.run([sys.executable, "-c", FLOOR])
-        )
-        exchange = stage("key pair", crypto.Exchange)
-        mqtt = program.Connection(program.Broker("localhost", broker.port, netid), SAFETY)
+        stage("imports (a process of its own)", lambda: subprocess.run(floor))
+        exchange = stage("key pair", lambda: new_exchange(settings))
+        mqtt = program.Connection(settings)
 
-        def connect(mqtt: program.Connection = mqtt) -> None:
-            mqtt.__enter__()
-            mqtt.wait_for("CONNACK")
-            mqtt.subscribe(*topics)
-            mqtt.wait_for("SUBACK")
+        def prepare(mqtt: program.Connection = mqtt) -> None:
+            mqtt.connect()
+            mqtt.subscribe(program.RESPONSE.format(settings.netid, program.KEY_EXCHANGE), answering)
 
-        stage("connect and subscribe", connect)
-        public_key = exchange.public_key()
-        peer_key = stage(
+        stage("connect and subscribe", prepare)
+        response = stage(
             "exchange of public keys",
-            lambda: mqtt.call(netid, program.KEY_EXCHANGE, public_key, bytes),  # noqa: B023
+            lambda: program.call(mqtt, settings, program.KEY_EXCHANGE, exchange.request(), bytes),  # noqa: B023
         )
-        stage("derivation", lambda: exchange.agree(peer_key))  # noqa: B023
-        token = exchange.encrypt(b"Networking is the best!")
+        stage("derivation", lambda: exchange.agree(response))  # noqa: B023
+        message = exchange.seal(asking, TEXT)
+        read = partial(exchange.open, answering)
         stage(
             "request and response",
-            lambda: mqtt.call(netid, action, token, exchange.decrypt),  # noqa: B023
+            lambda: program.call(mqtt, settings, settings.action, message, read),  # noqa: B023
         )
         stage("disconnect", lambda: mqtt.__exit__(None))  # noqa: B023
     yield "stage", "median"
@@ -179,8 +206,6 @@ def stages(broker: Mosquitto) -> Iterator[tuple[str, ...]]:
 
 
 # --- load: many clients ------------------------------------------------------------------------
-
-TEXT = b"Networking is the best!"
 
 
 class LoadClients:
@@ -193,7 +218,7 @@ class LoadClients:
         self.seconds: list[float] = []  # of each session, from key to answer
         self.wrong = 0
         self._prefix = prefix
-        self._key_pair = crypto.KeyPair(crypto.read_group(), 2)
+        self._key_pair = crypto.DhKeyPair(2)
         self._public_key = self._key_pair.public_key
         self._keys: dict[str, bytes] = {}
         self._started: dict[str, float] = {}
@@ -231,7 +256,7 @@ class LoadClients:
         if netid not in self._started:
             return
         if action == program.KEY_EXCHANGE:
-            key = self._keys[netid] = self._key_pair.agree(bytes(message.payload))
+            key = self._keys[netid] = self._key_pair.shared_key(bytes(message.payload))
             token = crypto.encrypt(TEXT, key)
             self._client.publish(program.REQUEST.format(netid, "uppercase"), token, 1)
             return
@@ -304,11 +329,12 @@ def environments(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
 def exponentiations_per_second(env: dict[str, str]) -> float:
     """Return cores / (t_keypair + t_secret), both measured on an otherwise idle machine."""
     code = (
-        "import crypto, statistics, time\n"
-        "group, times = crypto.read_group(), []\n"
-        "peer = crypto.KeyPair(group).public_value\n"
+        "import crypto, os, statistics, time\n"
+        "peer, p, times = crypto.DhKeyPair().public_value, crypto.read_group().p, []\n"
         "for _ in range(41):\n"
-        "    start = time.perf_counter(); crypto.KeyPair(group).shared_secret(peer)\n"
+        "    start = time.perf_counter(); crypto.DhKeyPair()\n"
+        "    exponent = int.from_bytes(os.urandom(crypto.EXPONENT_SIZE), 'big')\n"
+        "    crypto.modular_power(peer, exponent, p)\n"
         "    times.append(time.perf_counter() - start)\n"
         "print(statistics.median(times))"
     )
@@ -330,7 +356,7 @@ def measure_flood(broker: Mosquitto, clients: LoadClients) -> None:
     clients.run(300, 10)
     quiet = clients.seconds.copy()
     stop = threading.Event()
-    key = crypto.KeyPair(crypto.read_group(), 2).public_key
+    key = crypto.DhKeyPair(2).public_key
 
     def flood() -> None:
         client = connected(broker.port, "flood", lambda *_: None, "nothing")
@@ -375,6 +401,8 @@ def measure_memory(broker: Mosquitto, folder: Path) -> None:
 
 # --- requests of one session, and large messages -----------------------------------------------
 
+# In the place of a NetID; its topics have a level more, so that no responder hears them.
+PLAIN = "plain/echo"
 ECHO = """
 import socket, sys, paho.mqtt.client as mqtt
 def quick(c):
@@ -385,21 +413,23 @@ client.max_inflight_messages_set(0)
 client.on_message = lambda c, _, m: c.publish(m.topic.replace("request", "response"), m.payload, 1)
 client.on_subscribe = lambda *_: print("ready", flush=True)
 client.on_publish = lambda c, *_: quick(c)
-client.on_connect = lambda c, *_: c.subscribe("echo/+/request", 1)
+client.on_connect = lambda c, *_: c.subscribe("plain/+/+/request", 1)
 client.connect("localhost", int(sys.argv[1]))
 client.loop_forever()
 """
 
 
 @contextlib.contextmanager
-def echoing(broker: Mosquitto) -> Iterator[None]:
-    """Run a plain paho echo on the topics of the NetID echo."""
+def echoing(broker: Mosquitto) -> Iterator[int]:
+    """Run a plain paho echo below PLAIN."""
     command = [sys.executable, "-c", ECHO, str(broker.port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        process.stdout.readline()
-        yield
-        process.kill()
+        try:
+            assert process.stdout
+            process.stdout.readline()
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def answers_per_second(port: int, netid: str, payload: bytes, requests: int, window: int) -> float:
@@ -429,25 +459,26 @@ def answers_per_second(port: int, netid: str, payload: bytes, requests: int, win
     return requests / seconds
 
 
-def agreed_key(port: int, netid: str) -> bytes:
-    """Make an exchange with the responder and return the key."""
-    exchange = crypto.KeyPair(crypto.read_group())
-    with program.Connection(program.Broker("localhost", port, netid), SAFETY) as mqtt:
-        mqtt.wait_for("CONNACK")
+def sealed(port: int, netid: str) -> bytes:
+    """Make an exchange with the responder and return an encrypted request."""
+    settings = settings_of(port, netid)
+    exchange = new_exchange(settings)
+    with program.Connection(settings) as mqtt:
+        mqtt.connect()
         mqtt.subscribe(program.RESPONSE.format(netid, program.KEY_EXCHANGE))
-        mqtt.wait_for("SUBACK")
-        return mqtt.call(netid, program.KEY_EXCHANGE, exchange.public_key, exchange.agree)
+        program.exchange_keys(mqtt, settings, exchange)
+    return exchange.seal(program.topics(settings)[0], TEXT)
 
 
 def measure_requests(broker: Mosquitto, folder: Path) -> None:
     """Compare the requests within one session with a plain echo of as many bytes."""
     rows: list[tuple[str, ...]] = [("at a time", "plain echo", "responder", "ratio")]
     with responding(broker, dict(os.environ)), echoing(broker):
-        token = crypto.encrypt(TEXT, agreed_key(broker.port, "session"))
+        token = sealed(broker.port, "session")
         for window in (1, 16):
             pairs = [
                 (
-                    answers_per_second(broker.port, "echo", token, 1500, window),
+                    answers_per_second(broker.port, PLAIN, token, 1500, window),
                     answers_per_second(broker.port, "session", token, 1500, window),
                 )
                 for _ in range(5)
@@ -463,8 +494,8 @@ import sys, threading, paho.mqtt.client as mqtt
 message, done, answers = sys.stdin.buffer.read(), threading.Event(), []
 client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
 client.on_message = lambda c, _, m: (answers.append(m.payload), done.set())
-client.on_subscribe = lambda c, *_: c.publish("echo/plain/request", message, 1)
-client.on_connect = lambda c, *_: c.subscribe("echo/plain/response", 1)
+client.on_subscribe = lambda c, *_: c.publish("plain/echo/x/request", message, 1)
+client.on_connect = lambda c, *_: c.subscribe("plain/echo/x/response", 1)
 client.connect("localhost", int(sys.argv[1]))
 client.loop_start()
 done.wait()
@@ -546,6 +577,436 @@ def resident(pid: int) -> float:
     return 0.0  # it has ended
 
 
+# --- the suites side by side -------------------------------------------------------------------
+
+POW, GMPY2, X25519, ECHO_OF_BYTES = "dh4096, pow", "dh4096, gmpy2", "x25519", "plain paho echo"
+SIZES = {"64 B": 64, "1 KiB": 2**10, "1 MiB": 2**20}
+FIGURES: dict[str, dict[str, dict[str, float]]] = {}  # by panel, group and kind, for --svg
+TIMES, RATES = "seconds", "per second"
+
+
+def note(panel: str, group: str, kind: str, figure: float) -> None:
+    """Keep a figure to be drawn."""
+    FIGURES.setdefault(panel, {}).setdefault(group, {})[kind] = figure
+
+
+def measure_suites(broker: Mosquitto, folder: Path) -> None:
+    """Compare what the suites compute, in this process, and the bytes that they send."""
+    columns = {}
+    with arithmetic_of_python():
+        columns[POW] = suite_times("dh4096")
+    if has_gmpy2():
+        columns[GMPY2] = suite_times("dh4096")
+    columns[X25519] = suite_times("x25519")
+    table("The suites, one step each", side_by_side(columns, microseconds))
+    for kind, times in columns.items():
+        for step in ("key pair", "agreement"):
+            note(TIMES, step, kind, times[step])
+        for size in SIZES:
+            note(TIMES, f"seal + open\n{size}", kind, times[f"seal {size}"] + times[f"open {size}"])
+    certificates = made(folder / "suites-certs", "responder", "bench")
+    columns_of_bytes = {suite: wire_sizes(suite, certificates) for suite in crypto.SUITES}
+    table("The suites, bytes of a payload", side_by_side(columns_of_bytes, "{:,}".format))
+
+
+def side_by_side(
+    columns: dict[str, dict[str, T]], cell: Callable[[T], str]
+) -> list[tuple[str, ...]]:
+    """Return the rows of a table of columns that have the same keys."""
+    steps = next(iter(columns.values()))
+    rows = [(step, *(cell(column[step]) for column in columns.values())) for step in steps]
+    return [("", *columns), *rows]
+
+
+def microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f} µs"
+
+
+@contextlib.contextmanager
+def arithmetic_of_python() -> Iterator[None]:
+    """Let this process not find gmpy2."""
+    loaded = sys.modules.pop("gmpy2", None)
+    sys.modules["gmpy2"] = None  # type: ignore[assignment] # Python's way to say so
+    try:
+        yield
+    finally:
+        del sys.modules["gmpy2"]
+        if loaded:
+            sys.modules["gmpy2"] = loaded
+
+
+def suite_times(suite: str) -> dict[str, float]:
+    """Return the seconds of each step of a suite."""
+    make, topic = crypto.SUITES[suite], program.REQUEST.format("bench", "uppercase")
+    client, responder = make(), make()
+    transcript = crypto.Transcript("bench", client.public_key, responder.public_key)
+    ours = client.agree(transcript, is_client=True)
+    theirs = responder.agree(transcript, is_client=False)
+    times = {
+        "key pair": median_time(lambda: make().public_key),
+        "agreement": median_time(lambda: client.agree(transcript, is_client=True)),
+    }
+    for name, size in SIZES.items():
+        text = os.urandom(size)
+        message = ours.seal(topic, 0, text)
+        assert theirs.open(topic, message)[1] == text
+        times[f"seal {name}"] = median_time(partial(ours.seal, topic, 0, text))
+        times[f"open {name}"] = median_time(partial(theirs.open, topic, message))
+    return times
+
+
+def median_time(action: Callable[[], object]) -> float:
+    """Return the seconds that a short action takes."""
+    timer = timeit.Timer(action)
+    number = max(1, timer.autorange()[0] // 8)
+    return statistics.median(timer.repeat(ROUNDS, number)) / number
+
+
+def wire_sizes(suite: str, certificates: Path) -> dict[str, int]:
+    """Return the sizes of a suite's payloads."""
+    client, responder = crypto.SUITES[suite](), crypto.SUITES[suite]()
+    first, second = client.public_key, responder.public_key
+    asking, answering = (
+        crypto.Identity(identity(certificates, name).read_bytes())
+        for name in ("bench", "responder")
+    )
+    signed = asking.sign(first, "bench")
+    cipher = client.agree(crypto.Transcript("bench", first, second), is_client=True)
+    return {
+        "message 1": len(first),
+        "message 1, signed with P-256": len(signed),
+        "message 2": len(second),
+        "message 2, signed with P-256": len(answering.sign(second, "bench", signed)),
+        **{
+            f"more than a text of {name}": len(cipher.seal("topic", 0, bytes(size))) - size
+            for name, size in SIZES.items()
+        },
+    }
+
+
+def identity(certificates: Path, name: str) -> Path:
+    """Return the file for --identity of a name, made of those of generate-certs.sh."""
+    file = certificates / f"{name}.pem"
+    parts = [certificates / f"{name}.{end}" for end in ("crt", "key")]
+    file.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return file
+
+
+# --- exchanges alone ---------------------------------------------------------------------------
+
+PER_RUN = {POW: 400, GMPY2: 1_000, X25519: 6_000, ECHO_OF_BYTES: 12_000}
+SKIPPED = 100  # answers before the measurement begins: then a stock of key pairs is used up
+
+
+class ExchangeLoad:
+    """A client that publishes one payload on many topics, and takes the responses.
+
+    By hand, since it must cost less than what it measures.
+    """
+
+    WINDOW = 32  # publications without a response at a time
+
+    def __init__(self, port: int, prefix: str, payload: bytes) -> None:
+        """Connect.
+
+        :param prefix: of the topics, in the place of a NetID; its last level gets a number
+        """
+        self._prefix, self._payload = prefix, payload
+        self._count = 0
+        self._rest = b""
+        self._socket = socket.create_connection(("127.0.0.1", port), SAFETY)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        everybody = "/".join([*prefix.split("/")[:-1], "+"])
+        self._socket.sendall(connect(f"load-{prefix}"))
+        assert self._receive()[0][0] == CONNACK
+        self._socket.sendall(subscribe(program.RESPONSE.format(everybody, program.KEY_EXCHANGE)))
+        assert self._receive()[0][0] == SUBACK
+
+    def run(self, count: int) -> tuple[float, list[bytes]]:
+        """Return the responses to so many publications, after the rate per second."""
+        numbers = range(self._count, self._count + count)
+        self._count += count
+        requests = [self._request(number) for number in numbers]
+        responses: dict[bytes, bytes] = {}
+        began_with, began = 0, 0.0
+        sent = self.WINDOW
+        self._socket.sendall(b"".join(requests[:sent]))
+        while len(responses) < count:
+            bodies = [body for kind, body in self._receive() if kind == PUBLISH]
+            responses.update(map(self._split, bodies))
+            to_send = requests[sent : len(responses) + self.WINDOW]
+            sent += len(to_send)
+            acknowledgements = [packet(PUBACK, self._mid(body)) for body in bodies]
+            self._socket.sendall(b"".join(acknowledgements + to_send))
+            if not began and len(responses) >= SKIPPED:
+                began_with, began = len(responses), time.perf_counter()
+        rate = (count - began_with) / (time.perf_counter() - began)
+        return rate, list(responses.values())
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _request(self, number: int) -> bytes:
+        topic = program.REQUEST.format(f"{self._prefix}{number}", program.KEY_EXCHANGE)
+        return publish(topic, self._payload, QOS_1, (1 + number % 65535).to_bytes(2, "big"))
+
+    def _receive(self) -> list[tuple[int, bytes]]:
+        """Return the packets that have come, at least one, as kind and body."""
+        packets: list[tuple[int, bytes]] = []
+        while not packets:
+            data = self._socket.recv(2**18)
+            assert data, "the connection was lost"
+            program.acknowledge_at_once(self._socket)
+            packets, self._rest = whole_packets(self._rest + data)
+        return packets
+
+    @staticmethod
+    def _mid(body: bytes) -> bytes:
+        end = 2 + int.from_bytes(body[:2], "big")
+        return body[end : end + 2]
+
+    @staticmethod
+    def _split(body: bytes) -> tuple[bytes, bytes]:
+        end = 2 + int.from_bytes(body[:2], "big")
+        return body[2:end], body[end + 2 :]
+
+
+def whole_packets(data: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
+    """Return the packets in what was received, as kind and body, and the rest."""
+    packets: list[tuple[int, bytes]] = []
+    start = 0
+    while True:
+        size, at, digit = 0, start + 1, 128
+        while digit & 128 and at < len(data):
+            digit = data[at]
+            size |= (digit & 127) << 7 * (at - start - 1)
+            at += 1
+        if digit & 128 or at + size > len(data):
+            return packets, data[start:]
+        packets.append((data[start] >> 4, data[at : at + size]))
+        start = at + size
+
+
+def measure_exchanges(broker: Mosquitto, folder: Path) -> None:
+    """Compare a responder's exchanges with a plain echo of as many bytes, at the same broker."""
+    rows: list[tuple[str, ...]] = [
+        ("suite", "exchanges", "plain echo", "ratio", "per CPU second", "plain echo", "ratio")
+    ]
+    for name, env in environments(folder):
+        rows.append(exchange_row(broker, f"dh4096, {name}", crypto.DhKeyPair(2), env))
+    rows.append(exchange_row(broker, X25519, crypto.X25519KeyPair(), dict(os.environ)))
+    table("Exchanges alone, per second, and per second of CPU time", rows)
+
+
+def exchange_row(
+    broker: Mosquitto, kind: str, key_pair: crypto.KeyPair, env: dict[str, str]
+) -> tuple[str, ...]:
+    """Measure the exchanges of one kind, all with one key pair, in turn with echoes."""
+    payload = key_pair.public_key
+    ours, theirs = [], []
+    with responding(broker, env) as responder, echoing(broker) as echo:
+        exchanges = ExchangeLoad(broker.port, kind.replace(", ", "-"), payload)
+        echoes = ExchangeLoad(broker.port, PLAIN, payload)
+        for load in (exchanges, echoes):
+            load.run(2 * SKIPPED)  # the warm-up
+        for _ in range(5):
+            rates, keys = exchange_rates(exchanges, PER_RUN[kind], responder.process.pid)
+            assert {*map(crypto.suite_of, keys)} == {kind[:6]}
+            assert len({*keys}) == len(keys), "a key pair was used twice"
+            ours.append(rates)
+            rates, answers = exchange_rates(echoes, PER_RUN[ECHO_OF_BYTES], echo)
+            assert {*answers} == {payload}
+            theirs.append(rates)
+        exchanges.close()
+        echoes.close()
+        assert len(responder.lines) == 1, responder.lines  # nothing was wrong
+    pairs = list(zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True))
+    for who, column in zip((kind, ECHO_OF_BYTES), pairs[0], strict=True):
+        note(RATES, "exchanges", who, statistics.median(column))
+    return (kind, *(cell for pair in pairs for cell in compared(*pair)))
+
+
+def exchange_rates(
+    load: ExchangeLoad, count: int, pid: int
+) -> tuple[tuple[float, float], list[bytes]]:
+    """Return exchanges per second, and per second of a process's CPU time, and the responses."""
+    settle(pid)
+    before = cpu_seconds(pid)
+    rate, responses = load.run(count)
+    settle(pid)
+    return (rate, count / (cpu_seconds(pid) - before)), responses
+
+
+def compared(ours: Sequence[float], theirs: Sequence[float]) -> tuple[str, str, str]:
+    """Return the medians of two columns of rates, and of their ratios, for a table."""
+    rate, reference = (f"{statistics.median(column):,.0f}/s" for column in (ours, theirs))
+    return rate, reference, f"{median_ratio(ours, theirs):.2f}"
+
+
+def settle(pid: int) -> None:
+    """Wait until a process and those that it has started have nothing left to do."""
+    before, now, pause = -1.0, cpu_seconds(pid), threading.Event()
+    while now > before:
+        pause.wait(0.1)
+        before, now = now, cpu_seconds(pid)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process and those that it has started have taken."""
+    ticks = 0
+    for each in (pid, *processes_below(pid)):
+        fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # in user and in system mode
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+# --- sessions of many lines --------------------------------------------------------------------
+
+PLAIN_SESSION = """
+import socket, sys, threading, time, paho.mqtt.client as mqtt
+port, size, count, window = map(int, sys.argv[1:])
+payload, sent, times, done = bytes(size), window, [], threading.Event()
+def quick(c):
+    c.socket().setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    c.socket().setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+def on_message(c, _, message):
+    global sent
+    times.append(time.perf_counter())
+    if sent < count:
+        sent += 1
+        c.publish("plain/echo/session/request", payload, 1)
+    elif len(times) == count:
+        done.set()
+client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+client.max_inflight_messages_set(0)
+client.on_message = on_message
+client.on_publish = lambda c, *_: quick(c)
+client.on_subscribe = lambda c, *_: [
+    c.publish("plain/echo/session/request", payload, 1) for _ in range(window)
+]
+client.on_connect = lambda c, *_: c.subscribe("plain/echo/session/response", 1)
+client.connect("localhost", port)
+client.loop_start()
+done.wait()
+client.disconnect()
+client.loop_stop()
+print((count - 1) / (times[-1] - times[0]))
+"""
+SESSION_LINES = {"x25519": 20_000, "x25519, --rekey 1": 20_000, "dh4096": 2_000}
+
+
+def measure_lines(broker: Mosquitto, folder: Path) -> None:
+    """Compare whole sessions with a plain echo of as many bytes: first to last answer of each."""
+    rates: dict[str, list[float]] = {}
+    text = b"Networking is the best! %06d"
+    lines = [text % number for number in range(max(SESSION_LINES.values()))]
+    size = len(lines[0]) + crypto.COUNTER_SIZE + crypto.TAG_SIZE
+    token = crypto.token_size(len(lines[0]))
+    with responding(broker, dict(os.environ)), echoing(broker):
+        for _ in range(5):
+            for name, count in SESSION_LINES.items():
+                options = ["--suite", *name.replace(",", "").split()]
+                rate = lines_per_second(broker.port, options, lines[:count])
+                rates.setdefault(name, []).append(rate)
+            for name, numbers in {
+                "echo": (size, 20_000, program.WINDOW),
+                "echo, one by one": (token, 2_000, 1),
+            }.items():
+                rates.setdefault(name, []).append(echoes_per_second(broker.port, *numbers))
+    rows: list[tuple[str, ...]] = [("", "rate", "of", "rate", "ratio")]
+    for name, of in (
+        ("x25519", "echo"),
+        ("x25519, --rekey 1", "echo"),
+        ("x25519, --rekey 1", "x25519"),
+        ("dh4096", "echo, one by one"),
+        ("dh4096", "echo"),
+    ):
+        ours, theirs, ratio = compared(rates[name], rates[of])
+        rows.append((f"--lines, {name}", ours, of, theirs, ratio))
+    table("Lines of one session, per second", rows)
+    kinds = {X25519: "x25519", GMPY2 if has_gmpy2() else POW: "dh4096", ECHO_OF_BYTES: "echo"}
+    for kind, name in kinds.items():
+        note(RATES, "lines of\none session", kind, statistics.median(rates[name]))
+
+
+def lines_per_second(port: int, options: list[str], lines: list[bytes]) -> float:
+    """Let the program send lines from a file, and return the rate from first to last answer."""
+    command = [str(PROGRAM), "-p", str(port), *options, "--lines", "session", "uppercase", "-"]
+    with tempfile.TemporaryFile() as stdin:
+        stdin.writelines(line + b"\n" for line in lines)
+        stdin.seek(0)
+        process = subprocess.Popen([sys.executable, *command], stdin=stdin, stdout=subprocess.PIPE)
+        with killed_in_the_end(process) as stdout:
+            output = stdout.read1()
+            start = end = time.perf_counter()
+            before = output.count(b"\n")
+            while data := stdout.read1():
+                end = time.perf_counter()
+                output += data
+    assert output.splitlines() == [line.upper() for line in lines]
+    return (len(lines) - before) / (end - start)
+
+
+@contextlib.contextmanager
+def killed_in_the_end(process: subprocess.Popen[bytes]) -> Iterator[io.BufferedReader]:
+    """Let a process run as long as the block, which gets its output, but not for ever."""
+    timer = threading.Timer(SAFETY, process.kill)
+    timer.start()
+    with process:
+        try:
+            yield cast("io.BufferedReader", process.stdout)
+        finally:
+            process.kill()
+            timer.cancel()
+
+
+def echoes_per_second(port: int, size: int, count: int, window: int) -> float:
+    """Let a plain paho client, in a process of its own, do the same at an echo."""
+    arguments = map(str, (port, size, count, window))
+    command = [sys.executable, "-c", PLAIN_SESSION, *arguments]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=SAFETY)
+    return float(result.stdout)
+
+
+# --- signed requests ---------------------------------------------------------------------------
+
+
+def measure_signed(broker: Mosquitto, folder: Path) -> None:
+    """Compare whole requests, unsigned, and signed and verified by both ends, with the floor."""
+    certificates = made(folder / "signed-certs", "responder", "signed")
+    authority = f"--peer-ca={certificates}/ca.crt"
+    signing = {
+        name: [f"--identity={identity(certificates, name)}", authority]
+        for name in ("responder", "signed")
+    }
+    request = [str(PROGRAM), "-p", str(broker.port)]
+    words = ["uppercase", TEXT.decode()]
+    plain = without_gmpy2(folder / "plain")
+    commands = {
+        "the import floor": ["-c", FLOOR],
+        "the floor with x509": ["-c", f"{FLOOR}, cryptography.x509.verification"],
+        "dh4096, pow": [*request, "unsigned", *words],
+        "x25519": [*request, "--suite=x25519", "unsigned", *words],
+        "x25519, signed": [*request, "--suite=x25519", *signing["signed"], "signed", *words],
+        "dh4096, pow, signed": [*request, *signing["signed"], "signed", *words],
+    }
+    with (
+        responding(broker, plain, "unsigned"),
+        responding(broker, plain, "signed", *signing["responder"]),
+    ):
+        for arguments in list(commands.values())[2:]:
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        times = times_in_turn(commands, plain)
+    floor, with_x509 = times["the import floor"], times["the floor with x509"]
+    rows: list[tuple[str, ...]] = [("request", "median", "ratio to the floor", "without x509")]
+    for name, seconds in times.items():
+        without = [a - b + c for a, b, c in zip(seconds, with_x509, floor, strict=True)]
+        apart = f"{median_ratio(without, floor):.2f}" if "signed" in name else ""
+        ratio = f"{median_ratio(seconds, floor):.2f}"
+        rows.append((name, milliseconds(statistics.median(seconds)), ratio, apart))
+    table("A signed request, a fresh process each", rows)
+
+
 # --- TLS ---------------------------------------------------------------------------------------
 
 
@@ -562,7 +1023,7 @@ def measure_tls(broker: Mosquitto, folder: Path) -> None:
     own_broker = Mosquitto(folder, tls)
     cafile = f"--cafile={certificates}/ca.crt"
     certificate = [f"--cert={certificates}/bench.crt", f"--key={certificates}/bench.key"]
-    words = ["bench", "uppercase", "Networking is the best!"]
+    words = ["bench", "uppercase", TEXT.decode()]
     commands = {
         "the import floor": ["-c", FLOOR],
         "plain": [str(PROGRAM), f"-p{own_broker.port}", *words],
@@ -605,21 +1066,89 @@ PARTS = {
     "requests": measure_requests,
     "sizes": measure_sizes,
     "tls": measure_tls,
+    "suites": measure_suites,
+    "exchanges": measure_exchanges,
+    "lines": measure_lines,
+    "signed": measure_signed,
 }
+DRAWN_PARTS = ("suites", "exchanges", "lines")
 
 
-def main(parts: list[str]) -> None:
+# --- the picture -------------------------------------------------------------------------------
+
+COLOURS = {POW: "#9a3412", GMPY2: "#f59e0b", X25519: "#2563eb", ECHO_OF_BYTES: "#94a3b8"}
+
+
+def draw(file: Path) -> None:
+    """Draw the figures as an SVG picture."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # Text as text; the same picture of the same figures.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "suites", "font.size": 10})
+    from matplotlib import patches, pyplot
+
+    groups = [len(FIGURES[panel]) for panel in (TIMES, RATES)]
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(11, 4.6), width_ratios=groups, layout="constrained"
+    )
+    draw_panel(axes[0], TIMES, "time of one step (shorter is better)", duration)
+    draw_panel(axes[1], RATES, "rate (longer is better)", "{:,.0f}/s".format)
+    handles = [patches.Patch(color=colour) for colour in COLOURS.values()]
+    figure.legend(handles, list(COLOURS), loc="outside upper center", ncols=4, frameon=False)
+    title = "The suites dh4096 and x25519: time of each step, and rates"
+    figure.savefig(file, format="svg", facecolor="white", metadata={"Title": title, "Date": None})
+
+
+def draw_panel(axes: Any, panel: str, title: str, label: Callable[[float], str]) -> None:
+    """Draw groups of bars on a logarithmic axis, each bar with its figure."""
+    width = 0.8 / len(COLOURS) if panel == RATES else 0.8 / (len(COLOURS) - 1)
+    for place, figures in enumerate(FIGURES[panel].values()):
+        kinds = [kind for kind in COLOURS if kind in figures]
+        for number, kind in enumerate(kinds):
+            at = place + (number - (len(kinds) - 1) / 2) * width
+            bar = axes.bar(at, figures[kind], 0.92 * width, color=COLOURS[kind])
+            axes.bar_label(bar, [label(figures[kind])], rotation=90, padding=3, fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(FIGURES[panel])), list(FIGURES[panel]))
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylim(top=6 * max(max(figures.values()) for figures in FIGURES[panel].values()))
+    axes.grid(axis="y", color="#e5e7eb")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_major_formatter(lambda value, _: label(value))
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in a unit that suits them."""
+    factor, unit = (1e6, "µs") if seconds < 1e-3 else (1e3, "ms") if seconds < 1 else (1, "s")
+    return f"{seconds * factor:.3g} {unit}"
+
+
+def main() -> None:
     """Measure some parts, or all."""
+    parser = argparse.ArgumentParser(description="Measure the program.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the suites")
+    arguments = parser.parse_args()
+    parts = arguments.parts or list(PARTS)
+    if unknown := {*parts} - {*PARTS}:
+        parser.error(f"no part of the benchmark: {', '.join(sorted(unknown))}")
+    if arguments.svg and not {*DRAWN_PARTS} <= {*parts}:
+        parser.error(f"--svg needs the parts {', '.join(DRAWN_PARTS)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         broker = Mosquitto(folder)
         try:
             for part, measure in PARTS.items():
-                if part in parts or not parts:
+                if part in parts:
                     measure(broker, folder)
         finally:
             broker.kill()
+    if arguments.svg:
+        draw(arguments.svg)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -15,16 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 with atheris.instrument_imports():
     import crypto
 
-GROUP = crypto.read_group()
-KEY = bytes(range(crypto.KEY_SIZE))
+KEY = bytes(range(32))
 
 
 def read(data: bytes) -> None:
     """Give the same bytes to each reader, raw and wrapped so that they get further."""
     with contextlib.suppress(crypto.PeerKeyError):
-        crypto.read_public_key(data, GROUP)
+        crypto.suite_of(data)
     with contextlib.suppress(crypto.PeerKeyError):
-        crypto.read_public_key(crypto.to_pem(b"PUBLIC KEY", data), GROUP)
+        crypto.suite_of(crypto.to_pem(b"PUBLIC KEY", data))
     with contextlib.suppress(crypto.TokenError):
         crypto.decrypt(data, KEY)
     with contextlib.suppress(ValueError):
@@ -34,8 +33,9 @@ def read(data: bytes) -> None:
 
 def seeds(folder: Path) -> None:
     """Write valid inputs to begin from."""
-    public_key = crypto.KeyPair(GROUP).public_key
-    examples = public_key, crypto.from_pem(b"PUBLIC KEY", public_key), crypto.encrypt(b"text", KEY)
+    keys = [make().public_key for make in crypto.SUITES.values()]
+    ders = [crypto.from_pem(b"PUBLIC KEY", key) for key in keys]
+    examples = *keys, *ders, crypto.encrypt(b"text", KEY)
     for number, example in enumerate(examples):
         (folder / str(number)).write_bytes(example)
 

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import ROOT, SAFETY, Run, error_lines, run
+from conftest import PROGRAM, ROOT, SAFETY, Run, error_lines, run
 
 import crypto
 
@@ -222,7 +222,7 @@ class Conversation:
         self.topics: list[str] = []
         self.client_key = b""  # message 1 of the protocol, as it came
         self.token = b""  # message 3
-        self.key_pair = crypto.KeyPair(crypto.read_group())
+        self.key_pair = crypto.DhKeyPair()
         self._script: Script = {**HONEST, **script}
 
     def serve(self) -> None:
@@ -254,7 +254,7 @@ class Conversation:
     @cached_property
     def key(self) -> bytes:
         """The key of the exchange."""
-        return self.key_pair.agree(self.client_key)
+        return self.key_pair.shared_key(self.client_key)
 
     @property
     def answer(self) -> bytes:
@@ -448,8 +448,8 @@ class LabClient(RawClient):
 
     def exchange(self) -> LabClient:
         """Agree upon a key."""
-        key_pair = crypto.KeyPair(crypto.read_group())
-        self.key = key_pair.agree(self.ask("key-exchange", key_pair.public_key))
+        key_pair = crypto.DhKeyPair()
+        self.key = key_pair.shared_key(self.ask("key-exchange", key_pair.public_key))
         return self
 
     def request(self, action: str, text: str) -> str:
@@ -467,8 +467,8 @@ def lab_responder(port: int, netid: str = "+") -> Iterator[None]:
             message = raw.next_message()
             netid, action, _ = message.topic.split("/")
             if action == "key-exchange":
-                key_pair = crypto.KeyPair(crypto.read_group())
-                keys[netid] = key_pair.agree(message.payload)
+                key_pair = crypto.DhKeyPair()
+                keys[netid] = key_pair.shared_key(message.payload)
                 answer = key_pair.public_key
             else:
                 text = crypto.decrypt(message.payload, keys[netid]).decode()
@@ -484,10 +484,15 @@ def lab_responder(port: int, netid: str = "+") -> Iterator[None]:
 
 def impatient_program(folder: Path) -> Path:
     """Write a program that is ours, but for the seconds between its attempts to connect."""
-    path = folder / "impatient.py"
+    return changed_program(folder, "program.FIRST_DELAY = program.LAST_DELAY = 0.05\n")
+
+
+def changed_program(folder: Path, change: str) -> Path:
+    """Write a program that is ours, but for a change: lines of Python."""
+    path = folder / "changed.py"
     path.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport secure_mqtt_client as program\n"
-        "program.FIRST_DELAY = program.LAST_DELAY = 0.05\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"import crypto, secure_mqtt_client as program\n{change}"
         "if __name__ == '__main__':\n    sys.exit(program.main())\n"
     )
     return path
@@ -518,11 +523,17 @@ def patiently(attempt: Callable[[float], object]) -> None:
         attempt(5 * TIMEOUT)
 
 
-def attacked(port: int, *options: str, netid: str = "alice", timeout: float = TIMEOUT) -> Run:
+def attacked(
+    port: int,
+    *options: str,
+    netid: str = "alice",
+    timeout: float = TIMEOUT,
+    program: Path = PROGRAM,
+) -> Run:
     """Run the program as a client that asks for MESSAGE in upper case; check that it ends."""
     start = time.monotonic()
     where = ["-h", "127.0.0.1", "-p", str(port), "-W", str(timeout)]
-    result = run(*where, *options, netid, "uppercase", MESSAGE)
+    result = run(*where, *options, netid, "uppercase", MESSAGE, program=program)
     seconds = time.monotonic() - start
     assert seconds < timeout + LATENESS + START_UP, f"it took {seconds:.1f} s"
     return result

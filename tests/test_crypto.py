@@ -170,10 +170,10 @@ def test_p_is_a_safe_prime_of_4096_bits() -> None:
 def test_a_vector_gives_its_secret_and_its_key(exchange: dict[str, str], side: str) -> None:
     private, peer = exchange[f"{side}_private_key"], exchange[f"{SIDES[side]}_public_key"]
     assert crypto.create_shared_key(private, peer).hex() == exchange["shared_key"]
-    exponent = crypto.read_private_key(private.encode(), GROUP)
-    y = crypto.read_public_key(peer.encode(), GROUP)
+    exponent = crypto.read_private_key(private.encode())
+    y = crypto.read_public_key(peer.encode())
     assert pow(y, exponent, P).to_bytes(512, "big").hex() == exchange["shared_secret"]
-    own_value = crypto.read_public_key(exchange[f"{side}_public_key"].encode(), GROUP)
+    own_value = crypto.read_public_key(exchange[f"{side}_public_key"].encode())
     assert own_value == pow(G, exponent, P)
 
 
@@ -262,20 +262,20 @@ exponents = st.integers(1, 2**384 - 1)
 @settings(max_examples=50)
 @given(exponents, exponents)
 def test_any_two_key_pairs_agree(one: int, other: int) -> None:
-    ours, theirs = crypto.KeyPair(GROUP, one), crypto.KeyPair(GROUP, other)
+    ours, theirs = crypto.DhKeyPair(one), crypto.DhKeyPair(other)
     secret = pow(G, one * other, P).to_bytes(512, "big")
-    assert ours.agree(theirs.public_key) == theirs.agree(ours.public_key) == hkdf(secret)
+    assert ours.shared_key(theirs.public_key) == theirs.shared_key(ours.public_key) == hkdf(secret)
 
 
 def test_a_private_exponent_has_384_random_bits() -> None:
-    exponents = [crypto.read_private_key(crypto.generate_keyset()[0], GROUP) for _ in range(32)]
+    exponents = [crypto.read_private_key(crypto.generate_keyset()[0]) for _ in range(32)]
     assert max(exponent.bit_length() for exponent in exponents) in (382, 383, 384)
     assert len(set(exponents)) == 32
 
 
 # --- public keys -------------------------------------------------------------------------------
 
-OWN = crypto.KeyPair(GROUP, 3**201)  # its DER leaves spare bits in base64
+OWN = crypto.DhKeyPair(3**201)  # its DER leaves spare bits in base64
 OWN_PUBLIC = OWN.public_key
 PADDING = b"-----BEGIN X-----\n"
 
@@ -292,12 +292,12 @@ ACCEPTED: dict[str, bytes] = {
 
 @pytest.mark.parametrize("form", ACCEPTED)
 def test_a_public_key_is_accepted_with(form: str) -> None:
-    assert crypto.read_public_key(ACCEPTED[form], GROUP) == OWN.public_value
+    assert crypto.read_public_key(ACCEPTED[form]) == OWN.public_value
 
 
 @pytest.mark.parametrize("y", [2, P - 2])
 def test_a_public_value_at_the_end_of_its_range_is_accepted(y: int) -> None:
-    assert crypto.read_public_key(public_pem(y), GROUP) == y
+    assert crypto.read_public_key(public_pem(y)) == y
 
 
 REFUSED: dict[str, Callable[[], bytes]] = {
@@ -367,7 +367,7 @@ REFUSED: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("form", REFUSED)
 def test_a_public_key_is_refused_for(form: str) -> None:
     with pytest.raises(crypto.PeerKeyError) as refusal:
-        crypto.read_public_key(REFUSED[form](), GROUP)
+        crypto.read_public_key(REFUSED[form]())
     assert str(refusal.value)
     with pytest.raises(crypto.PeerKeyError):
         crypto.create_shared_key(OWN.private_key, REFUSED[form]())
@@ -376,7 +376,7 @@ def test_a_public_key_is_refused_for(form: str) -> None:
 def test_a_public_key_nested_to_any_depth_is_refused() -> None:
     for depth in [*range(0, 2_000, 7), 5_000, 11_000]:
         with pytest.raises(crypto.PeerKeyError):
-            crypto.read_public_key(pem(nested(depth)), GROUP)
+            crypto.read_public_key(pem(nested(depth)))
 
 
 OWN_DER = public_der(OWN.public_value)
@@ -385,7 +385,7 @@ bytes_of_one = st.integers(0, 255)
 
 def secret_of(changed_pem: bytes) -> bytes | None:
     try:
-        return OWN.agree(changed_pem)
+        return OWN.shared_key(changed_pem)
     except crypto.PeerKeyError:
         return None
 
@@ -398,7 +398,7 @@ def test_any_changed_byte_of_a_public_key_is_refused_or_gives_another_secret(
     changed = bytearray(OWN_DER)
     changed[position] = byte
     is_same = bytes(changed) == OWN_DER
-    assert (secret_of(pem(bytes(changed))) == OWN.agree(OWN_PUBLIC)) == is_same
+    assert (secret_of(pem(bytes(changed))) == OWN.shared_key(OWN_PUBLIC)) == is_same
 
 
 TEXT = OWN_PUBLIC.rstrip()  # what follows the block is none of it
@@ -414,7 +414,7 @@ def test_any_changed_byte_of_a_public_keys_pem_is_refused_or_gives_another_secre
     changed = bytearray(TEXT)
     changed[position] = byte
     is_same = bytes(changed).split() == TEXT.split()  # one white space is as good as another
-    assert is_same or secret_of(bytes(changed)) != OWN.agree(OWN_PUBLIC)
+    assert is_same or secret_of(bytes(changed)) != OWN.shared_key(OWN_PUBLIC)
 
 
 ders = st.recursive(
@@ -428,7 +428,7 @@ ders = st.recursive(
 @given(st.binary() | st.binary().map(pem) | ders.map(pem))
 def test_reading_a_public_key_from_any_bytes_raises_only_its_error(data: bytes) -> None:
     try:
-        y = crypto.read_public_key(data, GROUP)
+        y = crypto.read_public_key(data)
     except crypto.PeerKeyError:
         pass
     else:
@@ -447,7 +447,7 @@ def test_a_private_key_is_accepted_with_and_without_private_value_length() -> No
     parameters = sequence(integer(P), integer(G), integer(384))
     der = sequence(integer(0), sequence(tlv(6, DH), parameters), tlv(4, integer(5)))
     for form in private_pem(5), pem(der, "PRIVATE KEY"):
-        assert crypto.read_private_key(form, GROUP) == 5
+        assert crypto.read_private_key(form) == 5
 
 
 UNUSABLE: dict[str, bytes] = {
@@ -521,14 +521,14 @@ def test_the_group_file_is_found_beside_the_module_from_any_folder(
     shutil.copy(ROOT / "dhparam4096.pem", tmp_path)
     module = copy_of_crypto(tmp_path)
     monkeypatch.chdir("/")
-    assert module.read_public_key(module.generate_keyset()[1], GROUP) > 1
+    assert module.read_public_key(module.generate_keyset()[1]) > 1
 
 
 def test_the_group_file_may_have_other_line_ends(tmp_path: Path) -> None:
     text = (ROOT / "dhparam4096.pem").read_bytes().replace(b"\n", b"\r\n")
     (tmp_path / "group.pem").write_bytes(text)
     _, public = crypto.generate_keyset(str(tmp_path / "group.pem"))
-    assert crypto.read_public_key(public, GROUP) > 1
+    assert crypto.read_public_key(public) > 1
 
 
 # --- tokens ------------------------------------------------------------------------------------

@@ -10,20 +10,21 @@ A table tells what the broker does and what the client must say. hostile.py has 
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import os
+import queue
 import re
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import conftest
 import hostile
 import pytest
-from conftest import PROGRAM, Mosquitto, ResponderProcess, run, wait_until
+from conftest import PROGRAM, SAFETY, Mosquitto, ResponderProcess, run, wait_until
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, x25519
@@ -74,9 +75,8 @@ from hypothesis import strategies as st
 import crypto
 import secure_mqtt_client as program
 
-GROUP = crypto.read_group()
 REQUEST = ["alice", "uppercase", MESSAGE]
-P, G = GROUP
+P, G = crypto.read_group()
 MIB = 1 << 20
 
 
@@ -232,7 +232,7 @@ def test_a_recording_of_an_earlier_run_is_no_answer() -> None:
 # --- false public keys -------------------------------------------------------------------------
 
 DH = (crypto.OBJECT_IDENTIFIER, crypto.DH_KEY_AGREEMENT)
-Y = crypto.KeyPair(GROUP, 3**240).public_value
+Y = crypto.DhKeyPair(3**240).public_value
 
 
 def pem(der: bytes) -> bytes:
@@ -313,7 +313,7 @@ FALSE_KEYS: Mapping[str, tuple[bytes, str]] = {
     "an Ed25519 key": (foreign(ed25519.Ed25519PrivateKey.generate().public_key()), "type"),
     "an X25519 key": (foreign(x25519.X25519PrivateKey.generate().public_key()), "type"),
     "a certificate": (certificate(), "PEM block"),
-    "a private key": (crypto.KeyPair(GROUP).private_key, "PEM block"),
+    "a private key": (crypto.DhKeyPair().private_key, "PEM block"),
     "the group without a key": (
         crypto.to_pem(b"DH PARAMETERS", crypto.to_der([P, G])),
         "PEM block",
@@ -364,7 +364,7 @@ ODD_KEYS: Mapping[str, Callable[[bytes], bytes]] = {
     "text before and after the block": lambda pem: b"Hello,\nhere is my key.\n" + pem + b"\nBye!\n",
     "other blocks after it": lambda pem: pem + certificate() + pem,
     "a privateValueLength": lambda pem: crypto.to_pem(
-        b"PUBLIC KEY", key(crypto.read_public_key(pem, GROUP), P, G, 384)
+        b"PUBLIC KEY", key(crypto.read_public_key(pem), P, G, 384)
     ),
     "64 KiB": lambda pem: pem + b"\n" * (65536 - len(pem)),
 }
@@ -438,7 +438,15 @@ ATTACKS: Mapping[str, tuple[Script, str]] = {
         "refuses the connection…not authorized",
     ),
     "accepts twice": ({"connect": lambda c: c.send(connack(), connack())}, ANSWER),
-    "accepts, then refuses": ({"subscribe": lambda c: c.send(connack(5))}, "refused"),
+    "delivers and closes before CONNACK": (
+        {"connect": lambda c: c.send(publish(TOPIC, b"gAAAAAB_")).close()},
+        "no CONNACK came (",
+    ),
+    "delivers and closes before SUBACK": (
+        {"subscribe": lambda c: c.send(publish(TOPIC, b"gAAAAAB_")).close()},
+        "lost while waiting for SUBACK",
+    ),
+    "accepts, then refuses": ({"subscribe": lambda c: c.send(connack(5))}, "refuses"),
     "accepts before it is asked": ({"accept": lambda c: c.send(connack())}, ANSWER),
     "accepts an earlier session": (
         {"connect": lambda c: c.send(packet(hostile.CONNACK, b"\1\0"))},
@@ -688,19 +696,21 @@ def test_whatever_happens_at_a_stage_ends_in_time_with_an_error_that_names_it(st
     )
 
 
-def test_a_key_that_comes_at_the_last_moment_ends_in_an_error() -> None:
+SLOW_EXCHANGE = """
+class SlowExchange(crypto.Exchange):
+    def agree(self, response):
+        super().agree(response)
+        program.threading.Event().wait(1)
+
+crypto.Exchange = SlowExchange
+"""
+
+
+def test_a_key_that_comes_at_the_last_moment_ends_in_an_error(tmp_path: Path) -> None:
     """Deriving the secret takes until the deadline; a further message is waiting then."""
-
-    class SlowExchange(crypto.Exchange):
-        def agree(self, peer_public_key: bytes) -> None:
-            super().agree(peer_public_key)
-            threading.Event().wait(1)
-
+    slow = hostile.changed_program(tmp_path, SLOW_EXCHANGE)
     with hostile_broker({"exchange": lambda c: c.give_key().give_key()}) as (port, _):
-        where = ["-h", "127.0.0.1", "-p", str(port), "-W", "1"]
-        line = program.parse_settings([*where, *REQUEST])
-        with pytest.raises(program.ProgramError, match="within 1 s"):
-            program.request(settings=line, exchange=SlowExchange(), message=MESSAGE.encode())
+        check(attacked(port, timeout=1, program=slow), "within 1 s")
 
 
 def test_a_response_that_takes_long_to_check_does_not_outlast_the_timeout() -> None:
@@ -737,12 +747,19 @@ def serves(port: int, netid: str) -> None:
         assert client.exchange().request("uppercase", MESSAGE) == ANSWER
 
 
+# A responder answers keys of either suite.
+FALSE_KEYS_OF_CLIENTS: Mapping[str, tuple[bytes, str]] = {
+    **{name: row for name, row in FALSE_KEYS.items() if name != "an X25519 key"},
+    "an X25519 key of small order": (pem(crypto.X25519_PREFIX + bytes(32)), "small order"),
+}
+
+
 def test_the_responder_refuses_every_false_public_key_and_serves_on(
     own_broker: Mosquitto, start_responder: Callable[..., ResponderProcess]
 ) -> None:
     responder = start_responder("-p", str(own_broker.port))
     with RawClient(own_broker.port, "mallory", "none") as mallory:
-        for number, (payload, says) in enumerate(FALSE_KEYS.values()):
+        for number, (payload, says) in enumerate(FALSE_KEYS_OF_CLIENTS.values()):
             mallory.publish(f"mallory{number}/key-exchange/request", payload)
             responder.wait_for(f"ignored netid='mallory{number}' ")
             assert says in next(line for line in responder.lines if f"'mallory{number}'" in line)
@@ -753,10 +770,10 @@ def test_the_responder_refuses_every_false_public_key_and_serves_on(
 def test_the_responder_takes_the_right_public_key_however_it_is_written(
     name: str, broker: Mosquitto, responder: ResponderProcess, netid: str
 ) -> None:
-    key_pair = crypto.KeyPair(GROUP)
+    key_pair = crypto.DhKeyPair()
     with LabClient(broker.port, netid) as client:
         peer_key = client.ask("key-exchange", ODD_KEYS[name](key_pair.public_key))
-        client.key = key_pair.agree(peer_key)
+        client.key = key_pair.shared_key(peer_key)
         assert client.request("uppercase", MESSAGE) == ANSWER
 
 
@@ -894,6 +911,14 @@ RESPONDER_ATTACKS: Mapping[str, tuple[str, Callable[[Wire], object]]] = {
     "is not available": ("connect", lambda wire: wire.send(connack(3)).end()),
     "speaks HTTP": ("connect", lambda wire: wire.send(b"HTTP/1.1 400 Bad Request\r\n").end()),
     "closes before SUBACK": ("subscribe", lambda wire: wire.end()),
+    "delivers and closes before CONNACK": (
+        "connect",
+        lambda wire: wire.send(publish("eve/uppercase/request", b"gAAAAAB_")).end(),
+    ),
+    "delivers and closes before SUBACK": (
+        "subscribe",
+        lambda wire: wire.send(publish("eve/uppercase/request", b"gAAAAAB_")).end(),
+    ),
     "sends a topic that is not UTF-8": (
         "later",
         lambda wire: wire.send(publish(b"\xff/key-exchange/request", VALID)),
@@ -916,7 +941,7 @@ def test_a_responder_survives_a_broker_that_breaks_the_rules(
     def honest_round(wire: Wire) -> None:
         """Deliver an honest client's messages, and check the answer."""
         answers = {}
-        key_pair = crypto.KeyPair(GROUP)
+        key_pair = crypto.DhKeyPair()
 
         def ask(action: str, payload: bytes) -> bytes:
             wire.send(publish(f"honest{len(survived)}/{action}/request", payload))
@@ -925,7 +950,7 @@ def test_a_responder_survives_a_broker_that_breaks_the_rules(
                 answers[message.topic] = message.payload
             return answers[message.topic]
 
-        shared = key_pair.agree(ask("key-exchange", key_pair.public_key))
+        shared = key_pair.shared_key(ask("key-exchange", key_pair.public_key))
         answer = ask("uppercase", crypto.encrypt(MESSAGE, shared))
         assert crypto.decrypt(answer, shared).decode() == ANSWER
         survived.extend(awaiting)
@@ -1020,9 +1045,59 @@ def test_an_answer_that_the_broker_will_not_take_is_not_sent_for_ever(
 def test_an_answer_larger_than_mqtt_allows_is_not_sent_and_does_no_harm() -> None:
     with listening(lambda wire: None) as port:
         settings = program.parse_settings(["-h", "127.0.0.1", "-p", str(port), *REQUEST])
-        connection = program.Connection(settings.broker, 1)
+        connection = program.Connection(settings)
         assert not connection.publish("alice/uppercase/response", bytes(hostile.MAX_LENGTH + 1))
         assert not connection.publish("alice/uppercase/response", bytes(hostile.MAX_LENGTH - 9))
+
+
+class DirectClient(LabClient):
+    """A client whose broker we are: on the other end of its wire is a responder."""
+
+    def __init__(self, wire: Wire, netid: str) -> None:
+        self.wire = wire
+        self._netid = netid
+        self.others: list[hostile.Packet] = []  # what the responder published before its answer
+        self.exchange()
+
+    def ask(self, action: str, payload: bytes) -> bytes:
+        """Publish a request and return the payload of its response."""
+        self.others = []
+        self.publish(f"{self._netid}/{action}/request", payload)
+        while (message := self.next_message()).topic != f"{self._netid}/{action}/response":
+            self.others.append(message)
+        return message.payload
+
+
+@contextlib.contextmanager
+def connected_responder(
+    start_responder: Callable[..., ResponderProcess],
+) -> Iterator[tuple[ResponderProcess, Wire]]:
+    """Run a responder; yields it, and the broker's end of its connection after the SUBACK."""
+    wires: queue.SimpleQueue[Wire] = queue.SimpleQueue()
+
+    def serve(wire: Wire) -> None:
+        wire.receive()
+        wire.send(connack())
+        wire.send(packet(SUBACK, wire.receive().mid + b"\1"))
+        wires.put(wire)
+
+    with listening(serve) as port:
+        responder = start_responder("-p", str(port))
+        yield responder, wires.get(timeout=SAFETY)
+
+
+def test_a_responder_stops_though_its_broker_has_acknowledged_none_of_too_many_answers(
+    start_responder: Callable[..., ResponderProcess],
+) -> None:
+    with connected_responder(start_responder) as (responder, wire):
+        client = DirectClient(wire, "alice")
+        assert client.request("uppercase", MESSAGE) == ANSWER  # so its key is no longer awaited
+        for number in range(program.MAX_IN_FLIGHT + 1):
+            token = crypto.encrypt(str(number), client.key)
+            client.publish("alice/uppercase/request", token)
+        responder.wait_for("the broker does not take the answer")
+        assert responder.stop() == 0
+    assert not responder.has_said("Traceback")
 
 
 # --- what the lab's protocol cannot prevent ----------------------------------------------------
@@ -1139,7 +1214,7 @@ def test_whatever_is_taken_for_der_is_encoded_to_the_same_bytes(data: bytes) -> 
 @given(der.map(pem) | damaged(VALID) | st.binary(max_size=300))
 def test_any_bytes_are_a_public_key_or_a_peer_key_error(data: bytes) -> None:
     try:
-        value = crypto.read_public_key(data, GROUP)
+        value = crypto.read_public_key(data)
     except crypto.PeerKeyError:
         return
     assert 2 <= value <= P - 2
@@ -1155,32 +1230,57 @@ def test_any_other_bytes_than_the_token_are_a_token_error(data: bytes) -> None:
         crypto.decrypt(data, KEY)
 
 
-@fuzz
-@given(
-    st.sampled_from([*program.ACTIONS, "key-exchange", ""]) | st.text(),
-    st.binary(max_size=200) | st.binary(max_size=50).map(lambda text: crypto.encrypt(text, KEY)),
-)
-def test_any_request_is_answered_or_refused(action: str, payload: bytes) -> None:
-    request = program.Incoming("alice", action, payload, 0)
-    try:
-        token = program.response(request, [bytes(range(32)), KEY])
-    except program.UnusableError:
-        return
-    assert crypto.decrypt(token, KEY).decode() is not None
+def is_utf8(data: bytes) -> bool:
+    """Tell whether bytes are UTF-8."""
+    return data.decode(errors="replace").encode() == data
+
+
+def test_any_request_is_answered_or_refused(
+    start_responder: Callable[..., ResponderProcess],
+) -> None:
+    @fuzz
+    @given(
+        st.sampled_from([*program.ACTIONS, "key-exchange", ""]) | st.text(),
+        st.binary(max_size=200) | st.text(max_size=50).map(str.encode),
+        st.booleans(),
+    )
+    def attempt(action: str, data: bytes, is_encrypted: bool) -> None:
+        payload = crypto.encrypt(data, alice.key) if is_encrypted else data
+        alice.publish(f"alice/{action}/request", payload)
+        assert honest.request("uppercase", MESSAGE) == ANSWER
+        is_answered = is_encrypted and action in program.ACTIONS and is_utf8(data)
+        assert len(honest.others) == is_answered
+        for answer in honest.others:
+            assert answer.topic == f"alice/{action}/response"
+            crypto.decrypt(answer.payload, alice.key).decode()
+
+    with connected_responder(start_responder) as (_, wire):
+        alice, honest = DirectClient(wire, "alice"), DirectClient(wire, "honest")
+        assert alice.request("uppercase", MESSAGE) == ANSWER  # so its key is no longer awaited
+        attempt()
 
 
 levels = st.sampled_from(["alice", "key-exchange", "uppercase", "request", "", "+", "#", "\0"])
 topics = st.text(max_size=80) | st.lists(levels, max_size=5).map("/".join)
 
 
-@fuzz
-@given(st.lists(st.tuples(topics, st.binary(max_size=40) | st.just(VALID), st.booleans())))
 def test_no_topic_and_no_payload_ends_the_responder(
-    messages: list[tuple[str, bytes, bool]],
+    start_responder: Callable[..., ResponderProcess],
 ) -> None:
-    responder = program.Responder(program.parse_settings(REQUEST).broker, "", lambda: None)
-    for message in messages:
-        responder._receive(program.Message(*message))
+    payloads = st.binary(max_size=40) | st.just(VALID)
+    # An empty topic ends the connection, as shown above.
+    messages = st.tuples(topics.filter(bool), payloads, st.sampled_from([QOS_1, QOS_1 | RETAIN]))
+
+    @fuzz
+    @given(st.lists(messages))
+    def attempt(messages: list[tuple[str, bytes, int]]) -> None:
+        for message in messages:
+            wire.send(publish(*message))
+        assert honest.request("uppercase", MESSAGE) == ANSWER
+
+    with connected_responder(start_responder) as (_, wire):
+        honest = DirectClient(wire, "honest")
+        attempt()
 
 
 packets = st.builds(packet, st.integers(0, 15), st.binary(max_size=40), st.integers(0, 15))
@@ -1199,5 +1299,9 @@ def test_any_bytes_from_the_broker_at_any_stage_end_in_an_error(stage: str, stre
     with hostile_broker({stage: lambda c: c.send(stream).close()}) as (port, _):
         where = ["-h", "127.0.0.1", "-p", str(port), "-W", "1.5"]
         line = program.parse_settings([*where, *REQUEST])
+        mqtt, exchange = program.Connection(line), crypto.Exchange("alice", "dh4096")
+        end = time.monotonic() + SAFETY
         with pytest.raises(program.ProgramError):
-            program.request(settings=line, exchange=crypto.Exchange(), message=MESSAGE.encode())
+            program.supervise(
+                partial(program.request, mqtt, line, exchange, MESSAGE.encode()), lambda: end
+            )

@@ -387,7 +387,7 @@ KEY_ANSWERS: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
     "nothing": (lambda _: None, "no responder answered the key exchange"),
     "no key": (lambda _: b"text", "no valid key came"),
     "a private key": (lambda _: foreign_key(), "no valid key came"),
-    "the client's own key": (lambda own: own, "our own message handed back (1)"),
+    "the client's own key": (lambda own: own, "our own key handed back (1)"),
 }
 
 

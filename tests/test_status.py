@@ -142,7 +142,7 @@ def test_a_responder_that_an_error_ends_is_offline(
     own_broker: Mosquitto, start_responder: Start, peer: Connect
 ) -> None:
     responder = start_responder(f"-p{own_broker.port}", OPTION)
-    ask(own_broker, "alice")  # hence the pool is complete
+    ask(own_broker, "alice")
     watcher = peer(own_broker.port, TOPIC)
     wait_for_status(watcher, "online")
     for pid in processes_below(responder.process.pid):

@@ -191,10 +191,10 @@ def test_each_tls_option_turns_tls_on_and_moves_the_default_port(
         f"{option}={certificates / files[option]}" if option in files else option
         for option in options
     ]
-    broker = program.parse_settings([*arguments, *REQUEST]).broker
-    assert broker.tls
-    assert broker.port == 8883
-    assert program.parse_settings([*arguments, "-p1884", *REQUEST]).broker.port == 1884
+    settings = program.parse_settings([*arguments, *REQUEST])
+    assert settings.uses_tls
+    assert settings.port == 8883
+    assert program.parse_settings([*arguments, "-p1884", *REQUEST]).port == 1884
 
 
 def client_hello(*arguments: str) -> bytes:
@@ -603,8 +603,8 @@ def test_an_argument_goes_before_the_environment(
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, value)
-    broker = program.parse_settings([*arguments, *REQUEST]).broker
-    assert (broker.username, broker.password) == login
+    settings = program.parse_settings([*arguments, *REQUEST])
+    assert (settings.username, settings.password) == login
 
 
 @pytest.mark.parametrize(
@@ -624,7 +624,7 @@ def test_one_newline_at_the_end_of_a_password_file_is_left_out(
 ) -> None:
     (tmp_path / "file").write_bytes(content)
     arguments = ["-ualice", f"--password-file={tmp_path}/file", *REQUEST]
-    assert program.parse_settings(arguments).broker.password == found
+    assert program.parse_settings(arguments).password == found
 
 
 def test_the_environment_logs_in_and_arguments_go_before_it(
@@ -898,5 +898,5 @@ def test_the_readmes_unit_of_systemd_starts_a_responder(certificates: Path) -> N
     settings = program.parse_settings(arguments)
     assert settings.respond
     assert settings.status_topic.startswith("status/")  # as broker/acl has it
-    assert settings.broker.tls
-    assert settings.broker.tls.certfile == str(certificates / "responder.crt")
+    assert settings.uses_tls
+    assert settings.cert == str(certificates / "responder.crt")

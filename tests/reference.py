@@ -1,0 +1,157 @@
+"""The signed key exchange and the x25519 suite, a second time, from the bytes on the wire.
+
+Shares no code with the client. Only curves, RSA, AES-GCM and X.509 come from `cryptography`;
+PEM, lengths, HKDF and nonces are spelled out here, so that the vectors made with this file say
+what the protocol says. Whatever it refuses, it refuses by raising one of REFUSED.
+"""
+
+import hashlib
+import hmac
+import re
+import struct
+from base64 import b64decode, b64encode
+from datetime import datetime
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, x25519
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+
+SigningKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+REFUSED = (
+    *(ValueError, InvalidSignature, InvalidTag),
+    *(VerificationError, UnsupportedAlgorithm, x509.ExtensionNotFound),
+)
+BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\n([^-]*)-----END \1-----\n?")
+SIGNATURE = "SECURE MQTT SIGNATURE"
+CURVES = ("secp256r1", "secp384r1")  # P-256, P-384
+PSS = padding.PSS(padding.MGF1(SHA256()), salt_length=32)
+X25519_PREFIX = bytes.fromhex("302a300506032b656e032100")  # RFC 8410; the 32-byte point follows
+
+
+def pem(label: str, content: bytes) -> bytes:
+    """Return one PEM block: 64 columns, LF."""
+    lines = re.findall(".{1,64}", b64encode(content).decode())
+    return "\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""]).encode()
+
+
+def blocks(payload: bytes) -> list[tuple[str, bytes]]:
+    """Return label and content of every block; only the last LF may be missing."""
+    found = [(block[1].decode(), b64decode(block[2])) for block in BLOCK.finditer(payload)]
+    if not found or b"".join(pem(*block) for block in found) not in (payload, payload + b"\n"):
+        raise ValueError("more or less than PEM")
+    return found
+
+
+def public_der(payload: bytes) -> bytes:
+    """Return the SubjectPublicKeyInfo of a payload, signed or not: its first block."""
+    first = BLOCK.match(payload)
+    [(label, der)] = blocks(first[0] if first else b"")
+    if label != "PUBLIC KEY":
+        raise ValueError("no public key")
+    return der
+
+
+def signed_bytes(netid: str, der: bytes, payload1: bytes | None = None) -> bytes:
+    """Return what is signed of message 1, or of the message 2 that answers `payload1`."""
+    what = b"request" if payload1 is None else b"response"
+    fields = [b"secure-mqtt/1 key-exchange " + what, netid.encode(), der]
+    if payload1 is not None:
+        fields.append(hashlib.sha256(payload1).digest())
+    return b"".join(struct.pack(">I", len(field)) + field for field in fields)
+
+
+def sign(key: SigningKey, data: bytes) -> bytes:
+    """Sign as this kind of key does."""
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return key.sign(data)
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        return key.sign(data, ec.ECDSA(SHA256()))
+    return key.sign(data, PSS, SHA256())
+
+
+def verify(key: object, signature: bytes, data: bytes) -> None:
+    """Verify as this kind of key does."""
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        key.verify(signature, data)
+    elif isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in CURVES:
+        key.verify(signature, data, ec.ECDSA(SHA256()))
+    elif isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048:
+        key.verify(signature, data, PSS, SHA256())
+    else:
+        raise ValueError("no key for signatures")
+
+
+def bundle(
+    netid: str, der: bytes, key: SigningKey, chain: bytes, payload1: bytes | None = None
+) -> bytes:
+    """Return the signed payload of message 1, or of message 2; `chain` is PEM, leaf first."""
+    signature = sign(key, signed_bytes(netid, der, payload1))
+    return pem("PUBLIC KEY", der) + chain + pem(SIGNATURE, signature)
+
+
+def read_bundle(payload: bytes) -> tuple[bytes, list[x509.Certificate], bytes]:
+    """Return a signed payload's public key (DER), certificates and signature."""
+    (key, der), *certificates, (last, signature) = blocks(payload)
+    labels = {label for label, _ in certificates}
+    if (key, labels, last) != ("PUBLIC KEY", {"CERTIFICATE"}, SIGNATURE):
+        raise ValueError("unsigned, or other blocks than it should have")
+    return der, [x509.load_der_x509_certificate(content) for _, content in certificates], signature
+
+
+def verify_bundle(
+    payload: bytes,
+    netid: str,
+    name: str,
+    anchors: list[x509.Certificate],
+    payload1: bytes | None = None,
+    now: datetime | None = None,
+) -> bytes:
+    """Return the public key (DER) of a signed message 1, or of a message 2 with `payload1`."""
+    der, chain, signature = read_bundle(payload)
+    policy = PolicyBuilder().store(Store(anchors))
+    policy = policy if now is None else policy.time(now)
+    if payload1 is None:
+        policy.build_client_verifier().verify(chain[0], chain[1:])
+    else:
+        policy.build_server_verifier(x509.DNSName(name)).verify(chain[0], chain[1:])
+    names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    if name not in names.get_values_for_type(x509.DNSName):
+        raise ValueError("another's certificate")
+    verify(chain[0].public_key(), signature, signed_bytes(netid, der, payload1))
+    return der
+
+
+def x25519_secret(private: x25519.X25519PrivateKey, peer_der: bytes) -> bytes:
+    """Return Z; all-zero is refused."""
+    if len(peer_der) != 44 or not peer_der.startswith(X25519_PREFIX):
+        raise ValueError("no X25519 key")
+    z = private.exchange(x25519.X25519PublicKey.from_public_bytes(peer_der[12:]))
+    if not any(z):
+        raise ValueError("a point of small order")
+    return z
+
+
+def x25519_keys(z: bytes, netid: str, payload1: bytes, payload2: bytes) -> tuple[bytes, bytes]:
+    """Return the key of requests and the key of responses: HKDF-SHA256 (RFC 5869) by hand."""
+    salt = hashlib.sha256(payload1).digest() + hashlib.sha256(payload2).digest()
+    info = b"secure-mqtt/1 x25519-aes256gcm" + b"\x00" + netid.encode()
+    extracted = hmac.digest(salt, z, "sha256")
+    first = hmac.digest(extracted, info + b"\x01", "sha256")
+    return first, hmac.digest(extracted, first + info + b"\x02", "sha256")
+
+
+def seal(key: bytes, topic: str, counter: int, plaintext: bytes) -> bytes:
+    """Return a message for a topic."""
+    head = struct.pack(">Q", counter)
+    return head + AESGCM(key).encrypt(bytes(4) + head, plaintext, topic.encode())
+
+
+def unseal(key: bytes, topic: str, message: bytes) -> tuple[int, bytes]:
+    """Return counter and plaintext; whether that counter may come now is the session's to say."""
+    if len(message) < 24:  # counter and tag
+        raise ValueError("too short")
+    text = AESGCM(key).decrypt(bytes(4) + message[:8], message[8:], topic.encode())
+    return int.from_bytes(message[:8], "big"), text

@@ -161,20 +161,34 @@ def token_size(plaintext_size: int) -> int:
     return (1 + 8 + 16 + ciphertext_size + 32 + 2) // 3 * 4  # version, time, IV, …, HMAC: base64
 
 
-# --- ciphers -----------------------------------------------------------------------------------
+# --- suites: key pairs for one exchange, and ciphers -------------------------------------------
 
+if TYPE_CHECKING:  # the shape of a suite; it costs time to make such classes
 
-class Cipher(Protocol):
-    """What an exchange yields: encryption in both directions, between two ends."""
+    class KeyPair(Protocol):
+        """An ephemeral key pair, for one exchange."""
 
-    def seal(self, topic: str, number: int, plaintext: bytes) -> bytes:
-        """Return the encrypted message; a number must be used once only in each direction."""
+        @property
+        def public_key(self) -> bytes:
+            """The public key to send: PEM, SubjectPublicKeyInfo."""
 
-    def open(self, topic: str, message: bytes) -> tuple[int | None, bytes]:
-        """Return a message's number, if the suite knows such, and its plaintext.
+        def agree(self, transcript: Transcript, is_client: bool) -> Cipher:
+            """Return the cipher for one end of an exchange.
 
-        :raises TokenError: the other end has not sealed this for this topic
-        """
+            :raises PeerKeyError: the other end's key is unusable, or our own
+            """
+
+    class Cipher(Protocol):
+        """What an exchange yields: encryption in both directions, between two ends."""
+
+        def seal(self, topic: str, number: int, plaintext: bytes) -> bytes:
+            """Return the encrypted message; a number must be used once only in each direction."""
+
+        def open(self, topic: str, message: bytes) -> tuple[int | None, bytes]:
+            """Return a message's number, if the suite knows such, and its plaintext.
+
+            :raises TokenError: the other end has not sealed this for this topic
+            """
 
 
 class _FernetCipher:
@@ -212,9 +226,6 @@ class _GcmCipher:
         return int.from_bytes(counter, "big"), plaintext
 
 
-# --- the suites: key pairs for one exchange ----------------------------------------------------
-
-
 class Transcript(NamedTuple):
     """The key exchange as both ends see it."""
 
@@ -225,20 +236,6 @@ class Transcript(NamedTuple):
     def peer_payload(self, is_client: bool) -> bytes:
         """Return what one end got from the other."""
         return self.response if is_client else self.request
-
-
-class KeyPair(Protocol):
-    """An ephemeral key pair, for one exchange."""
-
-    @property
-    def public_key(self) -> bytes:
-        """The public key to send: PEM, SubjectPublicKeyInfo."""
-
-    def agree(self, transcript: Transcript, is_client: bool) -> Cipher:
-        """Return the cipher for one end of an exchange.
-
-        :raises PeerKeyError: the other end's key is unusable, or our own
-        """
 
 
 class DhKeyPair:

@@ -391,6 +391,7 @@ class Connection:
             raise self._explain(error) from None
         while self._connack is None:
             self.wait()
+        self.messages.clear()  # nobody has asked for any
         log().info("received CONNACK from %s", settings.broker)
 
     def subscribe(self, *topics: str) -> None:
@@ -424,6 +425,7 @@ class Connection:
         """Wait until the broker has acknowledged the last publication."""
         while self._last and not self._last.is_published():
             self.wait()
+            self.messages.clear()  # nobody takes them any more
 
     def wait(self, seconds: float = LOOP_INTERVAL, others: Sequence[Any] = ()) -> list[Any]:
         """Let the network go on until something comes, or for some seconds.
@@ -1084,8 +1086,8 @@ class Responder:
         self._identity, self._authority = peer_security(settings)
         self._settings = settings
         self._on_ready = on_ready
-        # Two for each processor, so that none is without work while this process is busy.
-        self._idle = [crypto.Worker(crypto.Calculator) for _ in range(2 * (os.cpu_count() or 1))]
+        # One more than processors, so that none is without work while this process is busy.
+        self._idle = [crypto.Worker(crypto.Calculator) for _ in range(1 + (os.cpu_count() or 1))]
         self._busy: dict[crypto.Worker, Keys | None] = {}  # whose key it computes
         self._key_pairs: deque[crypto.DhKeyPair] = deque()
         for suite in crypto.SUITES:

@@ -937,6 +937,7 @@ def test_a_responder_survives_a_broker_that_breaks_the_rules(
     attacks = iter(RESPONDER_ATTACKS.items())
     awaiting: list[str] = []  # what it has been attacked with since it served last
     survived: list[str] = []
+    reconnected: list[str] = []  # what ended the connection
 
     def honest_round(wire: Wire) -> None:
         """Deliver an honest client's messages, and check the answer."""
@@ -958,6 +959,7 @@ def test_a_responder_survives_a_broker_that_breaks_the_rules(
 
     def serve(wire: Wire) -> None:
         stage = attack = None
+        reconnected.extend(awaiting)
         if not awaiting and (row := next(attacks, None)):
             awaiting.append(row[0])
             stage, attack = row[1]
@@ -980,6 +982,7 @@ def test_a_responder_survives_a_broker_that_breaks_the_rules(
         responder = start_responder("-p", str(port), ready=False)
         wait_until(lambda: len(survived) == len(RESPONDER_ATTACKS) or responder.process.poll())
         assert survived == [*RESPONDER_ATTACKS], (awaiting, responder.lines)
+        assert not [name for name in reconnected if name.startswith("floods")]
         assert responder.stop() == 0
     assert not responder.has_said("Traceback")
 

@@ -30,9 +30,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, cast
 
-if TYPE_CHECKING:  # else loaded where it is used, mostly in a process of its own
-    from cryptography.fernet import Fernet
-
 # The course's group. Its p is a safe prime: there are no small subgroups to be led into.
 GROUP_FILE = "dhparam4096.pem"
 # SHA-256 of the DER in that file; a text tool may change its line ends, nothing may change this.
@@ -111,7 +108,7 @@ def create_shared_key(private_pem: str | bytes, peer_public_pem: str | bytes) ->
 
 def encrypt(plaintext: str | bytes, key: bytes) -> bytes:
     """Return the Fernet token of a plaintext (text becomes UTF-8) under a key of 32 bytes."""
-    return _fernet(key).encrypt(to_bytes(plaintext))
+    return _FernetCipher(key).seal("", 0, to_bytes(plaintext))
 
 
 def decrypt(token: str | bytes, key: bytes) -> bytes:
@@ -119,25 +116,8 @@ def decrypt(token: str | bytes, key: bytes) -> bytes:
 
     :raises TokenError: it is no such token
     """
-    from cryptography.fernet import InvalidToken
-
-    token = to_bytes(token)
-    try:
-        # Python's decoder skips foreign characters and drops spare bits. If they were accepted, a
-        # broker could disguise a token that it hands back as a new one.
-        if not token or base64.urlsafe_b64encode(base64.urlsafe_b64decode(token)) != token:
-            raise TokenError("not a Fernet token")
-        return _fernet(key).decrypt(token)
-    except binascii.Error:
-        raise TokenError("not a Fernet token") from None
-    except InvalidToken:
-        raise TokenError("not encrypted with our key") from None
-
-
-def _fernet(key: bytes) -> Fernet:
-    from cryptography.fernet import Fernet
-
-    return Fernet(base64.urlsafe_b64encode(key))
+    _, plaintext = _FernetCipher(key).open("", to_bytes(token))
+    return plaintext
 
 
 def to_bytes(text: str | bytes) -> bytes:
@@ -193,13 +173,34 @@ if TYPE_CHECKING:  # the shape of a suite; it costs time to make such classes
 
 class _FernetCipher:
     def __init__(self, key: bytes) -> None:
+        from cryptography.fernet import Fernet
+
         self._key = key
+        self._fernet = Fernet(base64.urlsafe_b64encode(key))
+
+    def __reduce__(self) -> tuple[type[_FernetCipher], tuple[bytes]]:
+        """Let a worker return it."""
+        return _FernetCipher, (self._key,)
 
     def seal(self, topic: str, number: int, plaintext: bytes) -> bytes:
-        return encrypt(plaintext, self._key)
+        return self._fernet.encrypt(plaintext)
 
     def open(self, topic: str, message: bytes) -> tuple[None, bytes]:
-        return None, decrypt(message, self._key)
+        from cryptography.fernet import InvalidToken
+
+        try:
+            # Python's decoder skips foreign characters and drops spare bits. If they were accepted,
+            # a broker could disguise a token that it hands back as a new one.
+            if (
+                not message
+                or base64.urlsafe_b64encode(base64.urlsafe_b64decode(message)) != message
+            ):
+                raise TokenError("not a Fernet token")
+            return None, self._fernet.decrypt(message)
+        except binascii.Error:
+            raise TokenError("not a Fernet token") from None
+        except InvalidToken:
+            raise TokenError("not encrypted with our key") from None
 
 
 class _GcmCipher:

@@ -118,6 +118,7 @@ DNS_NAME = re.compile(rf"{DNS_LABEL}(\.{DNS_LABEL})*")
 MAX_TOKEN_SIZE = 268_435_455 - 1024  # bytes: MQTT 3.1.1, 2.2.3, less room for the topic
 QOS = 1
 KEEPALIVE = 15  # seconds of silence after which a broker is asked for a sign of life
+READS = 16  # packets read, if so many have come, before anything else is done
 LOOP_INTERVAL = 1.0  # seconds between looks at the time, for keep-alive
 PROBE_TIME = 1.0  # seconds to find out why TLS has failed
 MAX_MESSAGES, MAX_MESSAGE_BYTES = 10_000, 2**27  # received, but not handled yet; more are dropped
@@ -460,7 +461,10 @@ class Connection:
         readable, writable, _ = select.select([sock, *others], to_write, [], timeout)
         code = 0
         if sock in readable or is_pending:
-            code = client.loop_read()
+            for _ in range(READS):
+                code = client.loop_read()
+                if code or not select.select([sock], [], [], 0)[0]:
+                    break
             if self._settings.uses_tls:  # its session tickets are no packets that paho tells of
                 acknowledge_at_once(sock)
         if code := code or (client.loop_write() if writable else 0) or client.loop_misc():
@@ -1187,16 +1191,18 @@ class Responder:
         netid, action, suffix, *_ = (*message.topic.split("/", 2), "", "")
         request = Incoming(netid, action, message.payload, time.monotonic())
         is_ours = NETID.fullmatch(netid) and self._settings.netid in ("", netid)
-        with self._failure_logged(request):
-            if not is_ours or suffix != "request" or message.is_retained:
-                raise UnusableError("retained, or on a topic that was not subscribed to")
-            (self._exchange if action == KEY_EXCHANGE else self._answer)(request)
+        if not is_ours or suffix != "request" or message.is_retained:
+            self._attempt(self._refuse, request)
+        else:
+            self._attempt(self._exchange if action == KEY_EXCHANGE else self._answer, request)
 
-    @contextlib.contextmanager
-    def _failure_logged(self, request: Incoming) -> Iterator[None]:
-        """Let what can't be answered go unanswered."""
+    def _refuse(self, request: Incoming) -> None:
+        raise UnusableError("retained, or on a topic that was not subscribed to")
+
+    def _attempt(self, action: Callable[[Incoming], None], request: Incoming) -> None:
+        """Do something for a request; what can't be done is logged, and gets no answer."""
         try:
-            yield
+            action(request)
         except crypto.CryptoError as error:
             self._counts["failures"] += 1
             # A peer chose the names: they are cut and quoted.
@@ -1271,8 +1277,7 @@ class Responder:
     def _begin_exchange(self, request: Incoming) -> None:
         key_pair = self._key_pairs.popleft()
         transcript = self._transcript(request, key_pair)
-        with self._failure_logged(request):
-            self._publish(request, transcript.response)
+        self._attempt(lambda request: self._publish(request, transcript.response), request)
         keys = self._keys(request.netid)
         keys.coming += 1
         self._give_task(keys, "agree", key_pair, transcript)
@@ -1287,8 +1292,7 @@ class Responder:
             keys.add(cipher)
             parked, keys.parked = keys.parked, []
             for request in parked:
-                with self._failure_logged(request):
-                    self._answer(request)
+                self._attempt(self._answer, request)
 
     def _answer(self, request: Incoming) -> None:
         """Answer a request. CryptoError if it is unusable."""

@@ -436,57 +436,54 @@ def echoing(broker: Mosquitto) -> Iterator[int]:
             process.kill()
 
 
-def answers_per_second(port: int, netid: str, payload: bytes, requests: int, window: int) -> float:
-    """Send one payload again and again, so many at a time, and count the answers."""
+def answers_per_second(port: int, netid: str, payloads: Sequence[bytes], window: int) -> float:
+    """Send payloads, so many at a time, and count the answers."""
     done = threading.Event()
     state = Counter(sent=window)
     topic = program.REQUEST.format(netid, "uppercase")
 
     def on_message(client: paho.Client, userdata: object, message: object) -> None:
         state["answered"] += 1
-        if state["sent"] < requests:
+        if state["sent"] < len(payloads):
             state["sent"] += 1
-            client.publish(topic, payload, 1)
-        elif state["answered"] == requests:
+            client.publish(topic, payloads[state["sent"] - 1], 1)
+        elif state["answered"] == len(payloads):
             done.set()
 
     client = connected(
         port, f"rate-{netid}", on_message, program.RESPONSE.format(netid, "uppercase")
     )
     start = time.perf_counter()
-    for _ in range(window):
+    for payload in payloads[:window]:
         client.publish(topic, payload, 1)
     assert done.wait(SAFETY), state
     seconds = time.perf_counter() - start
     client.disconnect()
     client.loop_stop()
-    return requests / seconds
+    return len(payloads) / seconds
 
 
-def sealed(port: int, netid: str) -> bytes:
-    """Make an exchange with the responder and return an encrypted request."""
+def sealed(port: int, netid: str, count: int) -> list[bytes]:
+    """Make an exchange with the responder and return so many encrypted requests."""
     settings = settings_of(port, netid)
     exchange = new_exchange(settings)
     with program.Connection(settings) as mqtt:
         mqtt.connect()
         mqtt.subscribe(program.RESPONSE.format(netid, program.KEY_EXCHANGE))
         program.exchange_keys(mqtt, settings, exchange)
-    return exchange.seal(program.topics(settings)[0], TEXT)
+    return [exchange.seal(program.topics(settings)[0], TEXT) for _ in range(count)]
 
 
 def measure_requests(broker: Mosquitto, folder: Path) -> None:
     """Compare the requests within one session with a plain echo of as many bytes."""
     rows: list[tuple[str, ...]] = [("at a time", "plain echo", "responder", "ratio")]
     with responding(broker, dict(os.environ)), echoing(broker):
-        token = sealed(broker.port, "session")
         for window in (1, 16):
-            pairs = [
-                (
-                    answers_per_second(broker.port, PLAIN, token, 1500, window),
-                    answers_per_second(broker.port, "session", token, 1500, window),
-                )
-                for _ in range(5)
-            ]
+            pairs = []
+            for _ in range(5):
+                tokens = sealed(broker.port, "session", 1500)
+                plain = answers_per_second(broker.port, PLAIN, tokens, window)
+                pairs.append((plain, answers_per_second(broker.port, "session", tokens, window)))
             echo, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
             ratio = median_ratio([b for _, b in pairs], [a for a, _ in pairs])
             rows.append((f"{window}", f"{echo:.0f}/s", f"{ours:.0f}/s", f"{ratio:.2f}"))

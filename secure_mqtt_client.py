@@ -392,7 +392,6 @@ class Connection:
             raise self._explain(error) from None
         while self._connack is None:
             self.wait()
-        self.messages.clear()  # nobody has asked for any
         log().info("received CONNACK from %s", settings.broker)
 
     def subscribe(self, *topics: str) -> None:
@@ -457,7 +456,8 @@ class Connection:
             raise ConnectionError("The connection was lost")
         is_pending = hasattr(sock, "pending") and sock.pending() > 0  # decrypted by TLS already
         to_write = [sock] if client.want_write() else []
-        timeout = 0 if is_pending else max(0, min(seconds, LOOP_INTERVAL))
+        is_busy = is_pending or self.messages
+        timeout = 0 if is_busy else max(0, min(seconds, LOOP_INTERVAL))
         readable, writable, _ = select.select([sock, *others], to_write, [], timeout)
         code = 0
         if sock in readable or is_pending:
@@ -486,6 +486,7 @@ class Connection:
 
     def _on_connect(self, client: Any, userdata: Any, flags: Any, code: Any, _: Any) -> None:
         self._connack = code
+        self.messages.clear()  # nobody has asked for any
         if code.is_failure:
             reason = str(code).lower()
             hints = {
@@ -1020,31 +1021,40 @@ class Incoming(NamedTuple):
 class Key:
     """A key that some client of a NetID has."""
 
-    __slots__ = ("_number", "_seen", "cipher", "used")
+    __slots__ = ("_known", "_number", "cipher", "used")
 
     def __init__(self, cipher: crypto.Cipher) -> None:
         """Take the cipher of an exchange."""
         self.cipher = cipher
         self.used = time.monotonic()
         self._number = -1  # of the last request, if the suite knows such
-        self._seen: deque[bytes] = deque(maxlen=MAX_REQUESTS_PER_KEY["dh4096"])  # else digests
+        self._known: deque[bytes] = deque(maxlen=2 * MAX_REQUESTS_PER_KEY["dh4096"])  # digests
 
-    def open(self, topic: str, message: bytes) -> tuple[int, bytes]:
+    def open(self, topic: str, message: bytes) -> tuple[int | None, bytes]:
         """Return a request's number and plaintext. CryptoError if it is unusable.
 
-        Each is opened once. Else a broker that sends it again had another answer, which a client of
-        the lab's protocol would take for that to its next request.
+        Each is opened once, and no response is. Else a broker that sends it again had another
+        answer, which a client of the lab's protocol would take for that to its next request.
         """
         number, text = self.cipher.open(topic, message)
-        digest = b"" if number is not None else crypto.digest(message)
-        if digest in self._seen or (number is not None and number <= self._number):
-            raise UnusableError("out of order, or here before")
         if number is None:
-            self._seen.append(digest)
+            digest = crypto.digest(message)
+            is_known = digest in self._known
+            self._known.append(digest)
         else:
-            self._number = number
+            is_known = number <= self._number
+            self._number = max(number, self._number)
+        if is_known:
+            raise UnusableError("out of order, or here before")
         self.used = time.monotonic()
-        return number or 0, text
+        return number, text
+
+    def seal(self, topic: str, number: int | None, text: bytes) -> bytes:
+        """Return the response to a request of that number."""
+        message = self.cipher.seal(topic, number or 0, text)
+        if number is None:
+            self._known.append(crypto.digest(message))
+        return message
 
 
 class Keys:
@@ -1063,7 +1073,7 @@ class Keys:
         self.live = [Key(cipher), *(key for key in self.live if key.used > in_use)]
         del self.live[KEYS_PER_NETID:]
 
-    def open(self, topic: str, message: bytes) -> tuple[Key, int, bytes]:
+    def open(self, topic: str, message: bytes) -> tuple[Key, int | None, bytes]:
         """Return a request's plaintext, after the key that opens it and its number.
 
         :raises UnusableError: no key opens it, or it was here before
@@ -1311,7 +1321,7 @@ class Responder:
             raise UnusableError("not UTF-8 text")
         self._netids.move_to_end(request.netid)
         answer = ACTIONS[request.action](text.decode()).encode()
-        self._publish(request, key.cipher.seal(RESPONSE.format(*names), number, answer))
+        self._publish(request, key.seal(RESPONSE.format(*names), number, answer))
 
 
 # --- the local broker --------------------------------------------------------------------------

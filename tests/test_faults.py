@@ -113,6 +113,12 @@ def test_a_fault_at_any_stage_ends_in_time_with_an_error_that_names_it(
     all_at_once({stage: partial(patiently, partial(fail_at, stage)) for stage in STAGES})
 
 
+def states_of_threads(pid: int) -> set[str]:
+    """Return the states that a process's threads are in, as proc(5) has them."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return {stat.rpartition(")")[2].split()[0] for stat in stats}
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
 def test_a_responder_that_goes_between_the_exchange_and_the_request_is_missed(
     how: signal.Signals, own_broker: Mosquitto, start_responder: Responders
@@ -122,13 +128,18 @@ def test_a_responder_that_goes_between_the_exchange_and_the_request_is_missed(
     def pass_on(link: Link, packet: Packet, send: Callable[[bytes], object]) -> None:
         if is_message("uppercase/request", packet):
             responder.process.send_signal(how)
-            if how != signal.SIGSTOP:
+            if how == signal.SIGSTOP:  # its threads stop one after the other
+                wait_until(lambda: states_of_threads(responder.process.pid) == {"T"})
+            else:
                 responder.process.wait(SAFETY)
         send(packet.raw)
 
     with relay(own_broker.port, pass_on) as port:
-        check(attacked(port, timeout=3), "no response came on alice/uppercase/response within 3 s")
-    responder.process.send_signal(signal.SIGCONT)
+        try:
+            missed = "no response came on alice/uppercase/response within 3 s"
+            check(attacked(port, timeout=3), missed)
+        finally:
+            responder.process.send_signal(signal.SIGCONT)
 
 
 # --- a bad network -----------------------------------------------------------------------------

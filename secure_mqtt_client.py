@@ -1201,23 +1201,23 @@ class Responder:
         netid, action, suffix, *_ = (*message.topic.split("/", 2), "", "")
         request = Incoming(netid, action, message.payload, time.monotonic())
         is_ours = NETID.fullmatch(netid) and self._settings.netid in ("", netid)
-        if not is_ours or suffix != "request" or message.is_retained:
-            self._attempt(self._refuse, request)
-        else:
+        if is_ours and suffix == "request" and not message.is_retained:
             self._attempt(self._exchange if action == KEY_EXCHANGE else self._answer, request)
-
-    def _refuse(self, request: Incoming) -> None:
-        raise UnusableError("retained, or on a topic that was not subscribed to")
+        else:
+            self._ignore(request, "retained, or on a topic that was not subscribed to")
 
     def _attempt(self, action: Callable[[Incoming], None], request: Incoming) -> None:
-        """Do something for a request; what can't be done is logged, and gets no answer."""
+        """Do something for a request, and ignore it if that can't be done."""
         try:
             action(request)
         except crypto.CryptoError as error:
-            self._counts["failures"] += 1
-            # A peer chose the names: they are cut and quoted.
-            names = request.netid[:64], request.action[:64]
-            log().warning("ignored netid=%r action=%r reason=%r", *names, str(error))
+            self._ignore(request, str(error))
+
+    def _ignore(self, request: Incoming, reason: str) -> None:
+        self._counts["failures"] += 1
+        # A peer chose the names: they are cut and quoted.
+        names = request.netid[:64], request.action[:64]
+        log().warning("ignored netid=%r action=%r reason=%r", *names, reason)
 
     def _publish(self, request: Incoming, payload: bytes) -> None:
         if not self._mqtt.publish(RESPONSE.format(request.netid, request.action), payload):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from conftest import PROGRAM, ROOT, SAFETY, Run, error_lines, run
+from hypothesis import strategies as st
 
 import crypto
 
@@ -496,6 +497,19 @@ def changed_program(folder: Path, change: str) -> Path:
         "if __name__ == '__main__':\n    sys.exit(program.main())\n"
     )
     return path
+
+
+# --- any bytes ---------------------------------------------------------------------------------
+
+
+@st.composite
+def damaged(draw: st.DrawFn, data: bytes) -> bytes:
+    """Bytes with a few places changed, cut or repeated."""
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        end = draw(st.integers(start, min(len(data), start + 8)))
+        data = data[:start] + draw(st.binary(max_size=8)) + data[end:]
+    return data
 
 
 # --- the client under attack -------------------------------------------------------------------

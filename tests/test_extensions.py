@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from hostile import damaged
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -604,16 +605,6 @@ def test_two_exchanges_that_differ_in_anything_share_no_key() -> None:
 
 
 # --- anything at all ---------------------------------------------------------------------------
-
-
-@st.composite
-def damaged(draw: st.DrawFn, data: bytes) -> bytes:
-    """Bytes with a few places changed, cut or repeated."""
-    for _ in range(draw(st.integers(1, 4))):
-        start = draw(st.integers(0, len(data)))
-        end = draw(st.integers(start, min(len(data), start + 8)))
-        data = data[:start] + draw(st.binary(max_size=8)) + data[end:]
-    return data
 
 
 SIGNED = EXCHANGES["x25519_both_ed25519"]

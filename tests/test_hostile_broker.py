@@ -62,6 +62,7 @@ from hostile import (
     attacked,
     check,
     connack,
+    damaged,
     hostile_broker,
     listening,
     packet,
@@ -1175,16 +1176,6 @@ def test_a_broker_that_only_listens_never_sees_the_message() -> None:
 
 fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 KEY = bytes(32)
-
-
-@st.composite
-def damaged(draw: st.DrawFn, data: bytes) -> bytes:
-    """Bytes with a few places changed, cut or repeated."""
-    for _ in range(draw(st.integers(1, 4))):
-        start = draw(st.integers(0, len(data)))
-        end = draw(st.integers(start, min(len(data), start + 8)))
-        data = data[:start] + draw(st.binary(max_size=8)) + data[end:]
-    return data
 
 
 def der_values() -> st.SearchStrategy[bytes]:

@@ -368,7 +368,8 @@ class Connection:
         client.on_subscribe = self._on_subscribe
         client.on_publish = lambda client, *_: acknowledge_at_once(client.socket())
         client.on_message = self._on_message
-        client.on_log = self._on_log
+        # We subscribe at QoS 1. paho would keep a flood of QoS 2, to deliver it later.
+        client._send_pubrec = self._refuse_qos_2  # type: ignore[method-assign]
 
     def __enter__(self) -> Connection:
         """Return the connection."""
@@ -439,10 +440,11 @@ class Connection:
         if not self.messages:
             self._bytes = 0
         try:
-            readable = self._step(seconds, others)
+            if not self._failure:
+                readable = self._step(seconds, others)
         except Exception as error:
             # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
-            self._failure = self._failure or self._explain(error)
+            self._failure = self._explain(error)
         # What came before still counts, once we have subscribed.
         if self._failure and not (self.messages and self._granted):
             raise self._failure
@@ -493,7 +495,7 @@ class Connection:
                 "bad user name or password": "check --username and --password-file",
                 "not authorized": "it may want --username and --password-file, or --cert and --key",
             }
-            self._failure = ProgramError(
+            raise ProgramError(
                 f"the broker on {self._settings.broker} refuses the connection: {reason}",
                 hints.get(reason, "ask whoever runs it, or check --host and --port"),
                 is_final=reason in hints,
@@ -512,12 +514,8 @@ class Connection:
         else:
             self.dropped += 1
 
-    def _on_log(self, client: object, userdata: object, level: int, text: str) -> None:
-        if text.startswith("Sending PUBREC"):
-            # We subscribe at QoS 1. paho would keep a flood of QoS 2, to deliver it later.
-            self._failure = ProgramError(
-                f"the broker on {self._settings.broker} sent a message at QoS 2"
-            )
+    def _refuse_qos_2(self, mid: int) -> NoReturn:
+        raise ProgramError(f"the broker on {self._settings.broker} sent a message at QoS 2")
 
     def _explain(self, error: Exception) -> ProgramError:
         """Return the error for the end of a connection, which depends on how far it got."""

@@ -5,9 +5,8 @@
 # ///
 """Client and responder of the secure MQTT lab; HELP below tells how to run them.
 
-From the top: constants, errors, settings, text actions, Connection (the only user of paho), the
-client, sessions of many lines, the responder, the local broker, the command line, main. crypto.py
-holds the secrets.
+From the top: settings, the client, sessions of many lines, the command line, main. Beside it:
+mqtt.py holds the connection to the broker, crypto.py the secrets, responder.py the other role.
 """
 
 from __future__ import annotations
@@ -16,27 +15,49 @@ import argparse
 import contextlib
 import os
 import re
-import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import crypto
+from background import Worker, WorkerError, supervise
+from keys import MAX_KEY_FILE_SIZE, CryptoError, digest, public_key_der, read_group
+from mqtt import (
+    ACTIONS,
+    CONNACK,
+    CONNECTING,
+    KEY_EXCHANGE,
+    NETID,
+    REQUEST,
+    RESPONSE,
+    SUBACK,
+    Connection,
+    Message,
+    UnusableError,
+    backoff,
+    is_utf8,
+    random_id,
+)
+from settings import (
+    PROGRAM,
+    ProgramError,
+    Settings,
+    UsageError,
+    log,
+    peer_security,
+    read_file,
+    tls_context,
+)
 
-if TYPE_CHECKING:  # else loaded where they are used: --help and usage errors need none of them
+if TYPE_CHECKING:
     import io
-    import logging
-    import ssl
 
-    import paho.mqtt.client as paho
-
-PROGRAM = "secure_mqtt_client.py"
 __version__ = "2.0.0"
 
 HELP = """\
@@ -110,20 +131,9 @@ DEFAULT_TLS_PORT = 8883  # secure-mqtt, as registered with IANA
 DEFAULT_TIMEOUT = 30.0  # seconds
 MAX_TIMEOUT = 86_400.0  # seconds: far more overflows the clocks of the system
 NOTICE_AFTER = 3.0  # seconds until a person at a terminal is told what is being waited for
-# One level of a topic. Brokers may close the connection at a control character (3.1.1, 1.5.3), and
-# a $ in front hides it from the responder's wildcard (4.7.2).
-NETID = re.compile(r"(?!\$)[^/+#\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,64}")
 DNS_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # RFC 1034, 3.5; RFC 1123, 2.1
 DNS_NAME = re.compile(rf"{DNS_LABEL}(\.{DNS_LABEL})*")
 MAX_TOKEN_SIZE = 268_435_455 - 1024  # bytes: MQTT 3.1.1, 2.2.3, less room for the topic
-QOS = 1
-KEEPALIVE = 15  # seconds of silence after which a broker is asked for a sign of life
-READS = 16  # packets read, if so many have come, before anything else is done
-LOOP_INTERVAL = 1.0  # seconds between looks at the time, for keep-alive
-PROBE_TIME = 1.0  # seconds to find out why TLS has failed
-MAX_MESSAGES, MAX_MESSAGE_BYTES = 10_000, 2**27  # received, but not handled yet; more are dropped
-MAX_IN_FLIGHT = 10_000  # published, but not acknowledged by the broker yet
-FIRST_DELAY, LAST_DELAY = 1.0, 60.0  # seconds between attempts to connect
 
 # A session of many lines.
 CHUNK_SIZE = 2**16  # bytes, read from standard input at a time
@@ -134,516 +144,10 @@ PATIENCE = {"x25519": 2.0, "dh4096": 15.0}
 MAX_REQUESTS_PER_KEY = {"x25519": 10_000, "dh4096": 100}  # both ends remember them
 IDLE_TIME = 30.0  # seconds after which a key is renewed: a responder may forget it (KEY_LIFETIME)
 
-# The responder. What goes beyond a bound is dropped, with a warning.
-MAX_NETIDS = 10_000  # the least recently used is forgotten first
-KEYS_PER_NETID = 8  # so many clients can use a NetID at the same time
-KEY_LIFETIME = 60.0  # seconds without use until a key is forgotten that has a successor
-MAX_WAITING = 1_000  # NetIDs whose key exchanges wait for their turn
-KEY_PAIR_STOCK = 32  # made ahead, so that this many clients can come at once
-REPORT_INTERVAL = 1.0  # seconds between warnings of what was dropped
-STATUS_INTERVAL = 30.0  # seconds
-OFFLINE = b'{"status": "offline"}'
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
-DRAINING_TIME = 5.0  # seconds to finish what is being answered when told to stop
 
 WAITING = 21  # log level, just above INFO: what a person at a terminal is told unasked
 T = TypeVar("T")
-
-
-def log() -> logging.Logger:
-    """Return the program's logger."""
-    import logging
-
-    return logging.getLogger(PROGRAM)
-
-
-class ProgramError(Exception):
-    """What went wrong and, as a hint, what to do about it, both in the user's words."""
-
-    def __init__(self, message: str, hint: str = "", is_final: bool = False) -> None:
-        """Take the texts; final is what no further attempt to connect can change."""
-        super().__init__(message)
-        self.hint = hint
-        self.is_final = is_final
-
-
-class UsageError(ProgramError):
-    """The command line is wrong."""
-
-
-class UnusableError(crypto.CryptoError):
-    """A message from a peer cannot be used; the text says why."""
-
-
-# --- settings ----------------------------------------------------------------------------------
-
-
-class Settings(argparse.Namespace):
-    """What the command line says; the attributes have the options' names.
-
-    Empty or zero is what was not given and has no default.
-    """
-
-    netid = ""  # for a responder: every NetID
-    action = ""
-    message: bytes | None = None  # UTF-8; None: standard input
-    timeout = 0.0  # seconds
-    suite = ""
-    lines = False
-    rekey = 0.0  # seconds
-    respond = False
-    status_topic = ""
-    host = ""
-    port = 0
-    id = ""
-    local = False
-    identity = ""
-    peer_ca = ""
-    peer_name = ""
-    cafile = ""
-    tls = False
-    insecure = False
-    cert = ""
-    key = ""
-    username = ""
-    password_file = ""
-    password: bytes | None = None
-    verbose = False
-
-    @property
-    def uses_tls(self) -> bool:
-        """Whether any option turns TLS on."""
-        return bool(self.cafile or self.tls or self.insecure or self.cert)
-
-    @property
-    def broker(self) -> str:
-        """The broker, for messages."""
-        return f"{self.host} port {self.port}"
-
-
-def tls_context(settings: Settings) -> ssl.SSLContext:
-    """Return a context for TLS 1.2 or newer, from the files as they are now.
-
-    :raises UsageError: a file cannot be used
-    """
-    import ssl
-
-    def refuse_password() -> NoReturn:
-        raise UsageError("--key is encrypted; decrypt it: openssl pkey -in KEY -out NEW_KEY")
-
-    names = {"--cafile": settings.cafile, "--cert": settings.cert, "--key": settings.key}
-    contents = {option: read_file(option, name) for option, name in names.items() if name}
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if settings.insecure:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    else:
-        try:
-            context = ssl.create_default_context(cafile=settings.cafile or None)
-        except ssl.SSLError:
-            raise UsageError(f"--cafile {settings.cafile} holds no certificate in PEM") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if settings.cert:
-        try:
-            context.load_cert_chain(settings.cert, settings.key, refuse_password)
-        except ssl.SSLError as error:
-            reason = "belong to each other" if "MISMATCH" in str(error) else "hold PEM"
-            raise UsageError(f"--cert and --key do not {reason}") from None
-        with contextlib.suppress(ValueError):  # not in DER: then the broker will tell
-            if crypto.has_expired(contents["--cert"]):
-                raise UsageError(f"--cert {settings.cert} has expired; renew it")
-    return context
-
-
-def peer_security(settings: Settings) -> tuple[crypto.Identity | None, crypto.Authority | None]:
-    """Return what --identity and --peer-ca name, from the files as they are now.
-
-    :raises UsageError: a file cannot be used
-    """
-
-    def read(option: str, name: str, kind: Callable[[bytes], T]) -> T | None:
-        try:
-            return kind(read_file(option, name)) if name else None
-        except crypto.KeyFileError as error:
-            raise UsageError(f"{option} {name} {error}") from None
-
-    identity = read("--identity", settings.identity, crypto.Identity)
-    if identity and not settings.respond and settings.netid not in identity.names:
-        raise UsageError(
-            f"--identity {settings.identity} is for {', '.join(identity.names)!r}, not for NETID"
-            f" {settings.netid!r}"
-        )
-    return identity, read("--peer-ca", settings.peer_ca, crypto.Authority)
-
-
-def read_file(option: str, name: str) -> bytes:
-    """Return the content of a file that an option names. UsageError if there is none."""
-    try:
-        with open(name, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UsageError(f"cannot read {option} {name}: {error.strerror}") from None
-
-
-# --- text actions ------------------------------------------------------------------------------
-
-
-def shuffle(text: str) -> str:
-    """Return the characters in random order."""
-    import random
-
-    return "".join(random.sample(text, len(text)))
-
-
-def drop_and_double(text: str) -> str:
-    """Return the characters, each of them dropped, kept or doubled at random."""
-    import random
-
-    return "".join(character * random.randint(0, 2) for character in text)
-
-
-ACTIONS: dict[str, Callable[[str], str]] = {
-    "uppercase": str.upper,
-    "lowercase": str.lower,
-    "title-case": str.title,
-    "reverse": lambda text: text[::-1],
-    "shuffle": shuffle,
-    "random": drop_and_double,
-}
-KEY_EXCHANGE = "key-exchange"  # in the topics of the exchange, where else the action is
-REQUEST, RESPONSE = "{}/{}/request", "{}/{}/response"  # topics, of NetID and action
-
-
-# --- Connection --------------------------------------------------------------------------------
-
-
-class Message(NamedTuple):
-    """A PUBLISH that came in."""
-
-    topic: str
-    payload: bytes
-    is_retained: bool
-
-
-class Connection:
-    """A connection to the broker, from DNS look-up to DISCONNECT.
-
-    Its methods let the network go on while they wait, on the thread that calls them. paho's
-    callbacks only note what came.
-    """
-
-    def __init__(self, settings: Settings, will: tuple[str, bytes] | None = None) -> None:
-        """Prepare a connection.
-
-        :param will: the topic and payload that the broker shall publish, retained, when the
-            connection breaks
-        """
-        import paho.mqtt.client as paho
-        from paho.mqtt.enums import CallbackAPIVersion
-
-        self._settings = settings
-        self.stage = "CONNACK"  # what is being waited for
-        self.messages: deque[Message] = deque()
-        self.dropped = 0  # messages for which there was no room
-        self.patience_ends = float("inf")  # of time.monotonic(), when wait() gives up
-        self._bytes = 0  # of the payloads since wait() was called
-        self._connack: Any = None
-        self._granted: list[Any] | None = None  # QoS, or a refusal, for each topic
-        self._failure: ProgramError | None = None
-        self._has_socket = False
-        self.ignored: Counter[str] = Counter()  # answers that can't be used, by their fault
-        self._last: paho.MQTTMessageInfo | None = None
-        self._client = client = paho.Client(
-            CallbackAPIVersion.VERSION2, settings.id, reconnect_on_failure=False
-        )
-        client.max_inflight_messages_set(MAX_IN_FLIGHT)
-        client.max_queued_messages_set(MAX_IN_FLIGHT)
-        client.connect_timeout = settings.timeout
-        if settings.username:
-            client.username_pw_set(settings.username, settings.password)  # type: ignore[arg-type]
-        if will:
-            client.will_set(*will, QOS, retain=True)
-        client.on_socket_open = self._on_socket_open
-        client.on_connect = self._on_connect
-        client.on_subscribe = self._on_subscribe
-        client.on_publish = lambda client, *_: acknowledge_at_once(client.socket())
-        client.on_message = self._on_message
-        # We subscribe at QoS 1. paho would keep a flood of QoS 2, to deliver it later.
-        client._send_pubrec = self._refuse_qos_2  # type: ignore[method-assign]
-
-    def __enter__(self) -> Connection:
-        """Return the connection."""
-        return self
-
-    def __exit__(self, error: object, *exc_info: object) -> None:
-        """Disconnect; after an error without a word, so that the broker publishes the will."""
-        if error is None:
-            self._client.disconnect()
-        elif sock := self._client.socket():
-            sock.close()
-
-    def connect(self) -> None:
-        """Connect, and wait for the CONNACK. ProgramError if that fails, or it is a refusal."""
-        client, settings = self._client, self._settings
-        try:
-            if settings.uses_tls:
-                client.tls_set_context(tls_context(settings))
-            client.connect(settings.host, settings.port, KEEPALIVE)
-        except Exception as error:  # ValueError, UnicodeError, … for a host that cannot be one
-            raise self._explain(error) from None
-        while self._connack is None:
-            self.wait()
-        log().info("received CONNACK from %s", settings.broker)
-
-    def subscribe(self, *topics: str) -> None:
-        """Subscribe at QoS 1, in one packet; wait for the SUBACK. ProgramError for a refusal."""
-        self.stage = "SUBACK"
-        self._client.subscribe([(topic, QOS) for topic in topics])
-        while self._granted is None:
-            self.wait()
-        if self._granted != [QOS] * len(topics):
-            codes = zip(topics, self._granted, strict=False)
-            refused = [topic for topic, code in codes if code != QOS] or topics
-            raise ProgramError(
-                f"the broker on {self._settings.broker} refuses the subscription to"
-                f" {' and '.join(refused)}",
-                "its access rules may not allow this NETID",
-                is_final=True,
-            )
-        log().info("received SUBACK from %s", self._settings.broker)
-
-    def publish(self, topic: str, payload: bytes, retain: bool = False) -> bool:
-        """Publish at QoS 1. False: too large, too much in flight, or no broker."""
-        try:
-            publication = self._client.publish(topic, payload, QOS, retain)
-        except ValueError:  # more than MQTT can carry
-            return False
-        if not publication.rc:
-            self._last = publication
-        return not publication.rc
-
-    def flush(self) -> None:
-        """Wait until the broker has acknowledged the last publication."""
-        while self._last and not self._last.is_published():
-            self.wait()
-            self.messages.clear()  # nobody takes them any more
-
-    def wait(self, seconds: float = LOOP_INTERVAL, others: Sequence[Any] = ()) -> list[Any]:
-        """Let the network go on until something comes, or for some seconds.
-
-        :param others: things that select() takes, to be waited for as well
-        :return: those of them that can be read
-        :raises ProgramError: the connection has ended
-        :raises TimeoutError: so has the patience
-        """
-        readable: list[Any] = []
-        if not self.messages:
-            self._bytes = 0
-        try:
-            if not self._failure:
-                readable = self._step(seconds, others)
-        except Exception as error:
-            # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
-            self._failure = self._explain(error)
-        # What came before still counts, once we have subscribed.
-        if self._failure and not (self.messages and self._granted):
-            raise self._failure
-        if time.monotonic() > self.patience_ends:
-            raise TimeoutError("no answer came")
-        return readable
-
-    def _step(self, seconds: float, others: Sequence[Any]) -> list[Any]:
-        client, sock = self._client, self._client.socket()
-        if sock is None:
-            raise ConnectionError("The connection was lost")
-        is_pending = hasattr(sock, "pending") and sock.pending() > 0  # decrypted by TLS already
-        to_write = [sock] if client.want_write() else []
-        is_busy = is_pending or self.messages
-        timeout = 0 if is_busy else max(0, min(seconds, LOOP_INTERVAL))
-        readable, writable, _ = select.select([sock, *others], to_write, [], timeout)
-        code = 0
-        if sock in readable or is_pending:
-            for _ in range(READS):
-                code = client.loop_read()
-                if code or not select.select([sock], [], [], 0)[0]:
-                    break
-            if self._settings.uses_tls:  # its session tickets are no packets that paho tells of
-                acknowledge_at_once(sock)
-        if code := code or (client.loop_write() if writable else 0) or client.loop_misc():
-            import paho.mqtt.client as paho
-
-            raise ConnectionError(paho.error_string(code).rstrip("."))
-        return [each for each in readable if each is not sock]
-
-    def discard(self) -> None:
-        """Drop the messages that are here already."""
-        while (sock := self._client.socket()) and select.select([sock], [], [], 0)[0]:
-            self.wait(0)
-        self.messages.clear()
-
-    def _on_socket_open(self, client: object, userdata: object, sock: Any) -> None:
-        self._has_socket = True
-        # Else Nagle's algorithm lets a small packet wait for the acknowledgement of the one before.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def _on_connect(self, client: Any, userdata: Any, flags: Any, code: Any, _: Any) -> None:
-        self._connack = code
-        self.messages.clear()  # nobody has asked for any
-        if code.is_failure:
-            reason = str(code).lower()
-            hints = {
-                "bad user name or password": "check --username and --password-file",
-                "not authorized": "it may want --username and --password-file, or --cert and --key",
-            }
-            raise ProgramError(
-                f"the broker on {self._settings.broker} refuses the connection: {reason}",
-                hints.get(reason, "ask whoever runs it, or check --host and --port"),
-                is_final=reason in hints,
-            )
-
-    def _on_subscribe(self, client: Any, userdata: Any, mid: int, codes: Any, _: Any) -> None:
-        acknowledge_at_once(client.socket())
-        self._granted = [code.value for code in codes]
-
-    def _on_message(self, client: object, userdata: object, message: Any) -> None:
-        self._bytes += len(message.payload)
-        if len(self.messages) < MAX_MESSAGES and (
-            self._bytes <= MAX_MESSAGE_BYTES or not self.messages
-        ):
-            self.messages.append(Message(message.topic, bytes(message.payload), message.retain))
-        else:
-            self.dropped += 1
-
-    def _refuse_qos_2(self, mid: int) -> NoReturn:
-        raise ProgramError(f"the broker on {self._settings.broker} sent a message at QoS 2")
-
-    def _explain(self, error: Exception) -> ProgramError:
-        """Return the error for the end of a connection, which depends on how far it got."""
-        if isinstance(error, ProgramError):
-            return error
-        settings = self._settings
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if self._connack is not None:
-            return ProgramError(
-                f"the connection to {settings.broker} was lost while waiting for {self.stage}:"
-                f" {reason}",
-                f"another client may have the client ID {settings.id!r}; choose one with --id",
-            )
-        if settings.uses_tls and (problem := tls_problem(settings)):
-            return problem
-        if self._has_socket:
-            return self.silence(f"no CONNACK came ({reason})")
-        if isinstance(error, socket.gaierror | UnicodeError):
-            return ProgramError(
-                f"cannot find the host {settings.host!r}: {reason}",
-                "check --host, and that this machine is online",
-            )
-        if isinstance(error, ConnectionRefusedError):
-            return ProgramError(
-                f"connection refused: nothing listens on {settings.broker}",
-                f"start a broker there (mosquitto -p {settings.port}), or check --host and --port",
-            )
-        return self.silence(reason)
-
-    def silence(self, reason: str) -> ProgramError:
-        """Return the error for a broker that does not say what it should."""
-        broker = self._settings.broker
-        if not self._has_socket:
-            return ProgramError(
-                f"cannot connect to {broker}: {reason}",
-                "check --host and --port, and whether a firewall is in between",
-            )
-        if self._connack is None:
-            return ProgramError(
-                f"no MQTT broker answers on {broker}: {reason}",
-                "check --port; the broker must speak MQTT 3.1.1, and a TLS port needs --cafile or"
-                " --tls",
-            )
-        return ProgramError(f"the broker on {broker} does not go on: {reason}")
-
-
-def acknowledge_at_once(sock: Any) -> None:
-    """Make TCP acknowledge what has just come, where it can (Linux).
-
-    mosquitto by default leaves Nagle's algorithm on: its next small packet waits for the
-    acknowledgement of the last one, which TCP would delay by 40 ms.
-    """
-    if hasattr(socket, "TCP_QUICKACK"):
-        with contextlib.suppress(OSError):  # the connection has ended
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-
-
-# Parts of what OpenSSL says, each with what it means and what to do.
-TLS_PROBLEMS = {
-    "unable to get|self.signed": (
-        "its certificate comes from an unknown authority",
-        "give the authority's certificate with --cafile",
-    ),
-    "certificate has expired": ("its certificate has expired", "it must be renewed there"),
-    "not yet valid": ("its certificate is not valid yet", "check this machine's clock"),
-    "mismatch": ("its certificate is for {names}, not for {host}", "check --host"),
-    "verify failed": (
-        "its certificate is not good ({reason})",
-        "it must be for a server, and issued by the authority in --cafile",
-    ),
-    "certificate required|handshake failure": (
-        "it wants a client certificate",
-        "give one with --cert and --key",
-    ),
-    " alert ": (
-        "it refuses our certificate ({reason})",
-        "use a certificate that its authority has issued and that is valid now",
-    ),
-    "wrong version|record layer|packet length|eof|reset": (
-        "it does not speak TLS on this port",
-        "check --port, or leave out the TLS options",
-    ),
-}
-
-
-def tls_problem(settings: Settings) -> ProgramError | None:
-    """Return the error if TLS with the broker fails: tries it, as paho does not pass alerts on."""
-    try:
-        context = tls_context(settings)
-        with socket.create_connection((settings.host, settings.port), PROBE_TIME) as plain:
-            context.wrap_socket(plain, server_hostname=settings.host).recv(1)
-        return None
-    except TimeoutError:
-        return None
-    except UsageError as error:  # a file has just become unusable
-        return error
-    except OSError as error:
-        reason = re.sub(r"\[SSL.*?\] | \(_ssl.*\)", "", str(error))
-    for pattern, (problem, hint) in TLS_PROBLEMS.items():
-        if re.search(pattern, reason.lower()):
-            names = certified_names(settings) if "{names}" in problem else ""
-            problem = problem.format(names=names, host=settings.host, reason=reason)
-            return ProgramError(f"TLS failed with the broker on {settings.broker}: {problem}", hint)
-    return None
-
-
-def certified_names(settings: Settings) -> str:
-    """Return the names in the broker's certificate, for an error: asks the broker for it again."""
-    import ssl
-
-    from cryptography import x509
-
-    with contextlib.suppress(OSError, ValueError, x509.ExtensionNotFound):
-        pem = ssl.get_server_certificate((settings.host, settings.port), timeout=PROBE_TIME)
-        certificate = x509.load_pem_x509_certificate(pem.encode())
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return ", ".join(repr(str(name.value)) for name in names)  # a stranger chose them
-    return "another name"
-
-
-def backoff() -> Iterator[float]:
-    """Yield the seconds to wait before each further attempt to connect: doubling, with jitter."""
-    import random
-
-    ceiling = FIRST_DELAY
-    while True:
-        ceiling = min(2 * ceiling, LAST_DELAY)
-        yield random.uniform(ceiling / 2, ceiling)
 
 
 # --- the client --------------------------------------------------------------------------------
@@ -686,7 +190,7 @@ def exchange_keys(mqtt: Connection, settings: Settings, exchange: crypto.Exchang
     if settings.peer_ca:
         log().info("the peer has proved to be %r", settings.peer_name)
     else:
-        fingerprint = crypto.digest(crypto.public_key_der(response)).hex()
+        fingerprint = digest(public_key_der(response)).hex()
         log().info("the peer is not authenticated; SHA-256 of its public key: %s", fingerprint)
 
 
@@ -715,7 +219,7 @@ def call(
             try:
                 check_answer(message, size)
                 result = read(message.payload)
-            except crypto.CryptoError as error:
+            except CryptoError as error:
                 mqtt.ignored[str(error)] += 1
             else:
                 log().info("received %d bytes for %s", len(message.payload), mqtt.stage)
@@ -731,23 +235,14 @@ def check_answer(answer: Message, size: int) -> None:
         raise UnusableError("retained from an earlier run")
     # No action makes a text more than three times as long. A broker that sends far more wants us to
     # be busy with it when the time is over.
-    if len(answer.payload) > 4 * size + crypto.MAX_KEY_FILE_SIZE:
+    if len(answer.payload) > 4 * size + MAX_KEY_FILE_SIZE:
         raise UnusableError("far too large for an answer")
-
-
-def is_utf8(text: bytes) -> bool:
-    """Tell whether bytes are UTF-8."""
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
     """Return the error for a client whose time is over."""
     within = f"within {settings.timeout:g} s"
-    if mqtt.stage in ("CONNACK", "SUBACK"):
+    if mqtt.stage in (CONNECTING, CONNACK, SUBACK):
         return mqtt.silence(f"no {mqtt.stage} came {within}")
     is_exchange = mqtt.stage == "the key exchange"
     topic = RESPONSE.format(settings.netid, KEY_EXCHANGE if is_exchange else settings.action)
@@ -772,32 +267,6 @@ def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
         "the responder may have ended or not know this action (see its log), the message may be"
         " too large for the broker, or an access rule may drop it",
     )
-
-
-def supervise(run: Callable[[], T], end: Callable[[], float]) -> T:
-    """Return the result of a function, which a thread runs: a look-up in DNS, for one, has no end.
-
-    :param end: tells until when to wait for it, of time.monotonic(); this may move
-    :raises TimeoutError: that has come
-    """
-    results: list[T] = []
-    errors: list[BaseException] = []
-    finished = threading.Event()
-
-    def run_and_tell() -> None:
-        try:
-            results.append(run())
-        except BaseException as error:
-            errors.append(error)
-        finished.set()
-
-    threading.Thread(target=run_and_tell, daemon=True).start()
-    while not finished.wait(max(0, min(end() - time.monotonic(), LOOP_INTERVAL))):
-        if time.monotonic() >= end():
-            raise TimeoutError
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 # --- sessions of many lines --------------------------------------------------------------------
@@ -935,7 +404,7 @@ class Session:
         try:
             check_answer(message, self._sent_bytes)
             number, text = self._exchange.open(topic, message.payload)
-        except crypto.CryptoError as error:
+        except CryptoError as error:
             self._mqtt.ignored[str(error)] += 1
         else:
             self._answers[self._base + number] = text
@@ -1002,395 +471,6 @@ class InputLines:
         except ProgramError as error:
             self.fault, self.has_ended = error, True
         return lines
-
-
-# --- the responder -----------------------------------------------------------------------------
-
-
-class Incoming(NamedTuple):
-    """A key exchange or request."""
-
-    netid: str
-    action: str
-    payload: bytes
-    arrived: float  # of time.monotonic()
-
-
-class Key:
-    """A key that some client of a NetID has."""
-
-    __slots__ = ("_known", "_number", "cipher", "used")
-
-    def __init__(self, cipher: crypto.Cipher) -> None:
-        """Take the cipher of an exchange."""
-        self.cipher = cipher
-        self.used = time.monotonic()
-        self._number = -1  # of the last request, if the suite knows such
-        self._known: deque[bytes] = deque(maxlen=2 * MAX_REQUESTS_PER_KEY["dh4096"])  # digests
-
-    def open(self, topic: str, message: bytes) -> tuple[int | None, bytes]:
-        """Return a request's number and plaintext. CryptoError if it is unusable.
-
-        Each is opened once, and no response is. Else a broker that sends it again had another
-        answer, which a client of the lab's protocol would take for that to its next request.
-        """
-        number, text = self.cipher.open(topic, message)
-        if number is None:
-            digest = crypto.digest(message)
-            is_known = digest in self._known
-            self._known.append(digest)
-        else:
-            is_known = number <= self._number
-            self._number = max(number, self._number)
-        if is_known:
-            raise UnusableError("out of order, or here before")
-        self.used = time.monotonic()
-        return number, text
-
-    def seal(self, topic: str, number: int | None, text: bytes) -> bytes:
-        """Return the response to a request of that number."""
-        message = self.cipher.seal(topic, number or 0, text)
-        if number is None:
-            self._known.append(crypto.digest(message))
-        return message
-
-
-class Keys:
-    """What the responder keeps of one NetID."""
-
-    __slots__ = ("coming", "live", "parked")
-
-    def __init__(self) -> None:
-        self.live: list[Key] = []  # newest first
-        self.coming = 0  # those being computed
-        self.parked: list[Incoming] = []  # requests that may be for one of those
-
-    def add(self, cipher: crypto.Cipher) -> None:
-        """Take a new key, and forget old ones."""
-        in_use = time.monotonic() - KEY_LIFETIME
-        self.live = [Key(cipher), *(key for key in self.live if key.used > in_use)]
-        del self.live[KEYS_PER_NETID:]
-
-    def open(self, topic: str, message: bytes) -> tuple[Key, int | None, bytes]:
-        """Return a request's plaintext, after the key that opens it and its number.
-
-        :raises UnusableError: no key opens it, or it was here before
-        """
-        for key in self.live:
-            with contextlib.suppress(crypto.TokenError):
-                return key, *key.open(topic, message)
-        raise UnusableError("not encrypted with a key of this NetID")
-
-
-class Responder:
-    """Answers key exchanges and requests.
-
-    All of it happens in run(), one after the other. Only powers are left to other processes, since
-    they would keep everything else waiting.
-    """
-
-    def __init__(self, settings: Settings, on_ready: Callable[[], None]) -> None:
-        """Prepare a responder; to be done before there are threads.
-
-        :param on_ready: called after each subscription
-        """
-        crypto.read_group()
-        self._identity, self._authority = peer_security(settings)
-        self._settings = settings
-        self._on_ready = on_ready
-        # One more than processors, so that none is without work while this process is busy.
-        self._idle = [crypto.Worker(crypto.Calculator) for _ in range(1 + (os.cpu_count() or 1))]
-        self._busy: dict[crypto.Worker, Keys | None] = {}  # whose key it computes
-        self._key_pairs: deque[crypto.DhKeyPair] = deque()
-        for suite in crypto.SUITES:
-            crypto.load_ciphers(suite)
-        self._mqtt: Connection
-        self._stopping, self._stop = socket.socketpair()
-        self._is_stopped = self._is_connected = False
-        self._end = float("inf")
-        self._netids: OrderedDict[str, Keys] = OrderedDict()  # least recently used first
-        self._waiting: OrderedDict[str, deque[Incoming]] = OrderedDict()  # exchanges by NetID
-        self._counts = {"exchanges": 0, "requests": 0, "failures": 0}
-        self._started = time.monotonic()
-        self._status_at = float("inf")  # not before the first subscription
-        self._dropped = 0  # messages, not reported yet
-        self._report_at = 0.0  # of time.monotonic()
-
-    def run(self) -> None:
-        """Answer until stop() is called; connect again whenever the connection is lost.
-
-        :raises ProgramError: the broker refuses for good, or a process was lost
-        """
-        topic = self._settings.status_topic
-        delays = backoff()
-        while not self._is_stopped:
-            try:
-                self._identity, self._authority = peer_security(self._settings)
-                self._mqtt = Connection(self._settings, (topic, OFFLINE) if topic else None)
-                with self._mqtt:
-                    self._mqtt.connect()
-                    delays = backoff()
-                    self._serve()
-            except crypto.WorkerError:
-                hint = "start the responder again; the machine may be short of memory"
-                raise ProgramError("a process of the responder was ended", hint) from None
-            except ProgramError as error:
-                if error.is_final:
-                    raise
-                log().warning("disconnected reason=%r", str(error))
-            self._is_connected = False
-            if not self._is_stopped:
-                select.select([self._stopping], [], [], next(delays))
-
-    def stop(self) -> None:
-        """Make run() finish what is being answered and return; safe in a signal handler."""
-        self._is_stopped = True
-        self._end = time.monotonic() + (DRAINING_TIME if self._is_connected else 0)
-        self._stop.close()  # wakes who waits for the other end
-
-    def end(self) -> float:
-        """Return when it is to be left as it is, of time.monotonic()."""
-        return self._end
-
-    def _serve(self) -> None:
-        settings = self._settings
-        self._mqtt.subscribe(REQUEST.format(settings.netid or "+", "+"))
-        self._is_connected = True
-        self._status_at = time.monotonic() if settings.status_topic else float("inf")
-        self._on_ready()
-        while not self._is_stopped:
-            self._go_on(self._stopping)
-        while self._waiting or any(self._busy.values()):
-            self._go_on()
-        if settings.status_topic:
-            self._mqtt.publish(settings.status_topic, OFFLINE, retain=True)
-        self._mqtt.flush()
-
-    def _go_on(self, *others: Any) -> None:
-        """Do what there is to do now, or comes in the next moment."""
-        self._report_status()
-        self._give_tasks()
-        for worker in self._mqtt.wait(others=[*self._idle, *self._busy, *others]):
-            if worker not in others:
-                self._take_result(worker)
-        while self._mqtt.messages:
-            self._receive(self._mqtt.messages.popleft())
-        self._report_drops()
-
-    def _report_drops(self) -> None:
-        self._dropped, self._mqtt.dropped = self._dropped + self._mqtt.dropped, 0
-        if self._dropped and time.monotonic() >= self._report_at:
-            log().warning("dropped count=%d reason='too many at a time'", self._dropped)
-            self._dropped, self._report_at = 0, time.monotonic() + REPORT_INTERVAL
-
-    def _report_status(self) -> None:
-        now = time.monotonic()
-        if now < self._status_at:
-            return
-        import json
-
-        uptime = round(now - self._started)
-        status = {"status": "online", **self._counts, "netids": len(self._netids)}
-        payload = json.dumps({**status, "uptime_seconds": uptime}).encode()
-        self._mqtt.publish(self._settings.status_topic, payload, retain=True)
-        self._status_at = now + STATUS_INTERVAL
-
-    def _receive(self, message: Message) -> None:
-        netid, action, suffix, *_ = (*message.topic.split("/", 2), "", "")
-        request = Incoming(netid, action, message.payload, time.monotonic())
-        is_ours = NETID.fullmatch(netid) and self._settings.netid in ("", netid)
-        if is_ours and suffix == "request" and not message.is_retained:
-            self._attempt(self._exchange if action == KEY_EXCHANGE else self._answer, request)
-        else:
-            self._ignore(request, "retained, or on a topic that was not subscribed to")
-
-    def _attempt(self, action: Callable[[Incoming], None], request: Incoming) -> None:
-        """Do something for a request, and ignore it if that can't be done."""
-        try:
-            action(request)
-        except crypto.CryptoError as error:
-            self._ignore(request, str(error))
-
-    def _ignore(self, request: Incoming, reason: str) -> None:
-        self._counts["failures"] += 1
-        # A peer chose the names: they are cut and quoted.
-        names = request.netid[:64], request.action[:64]
-        log().warning("ignored netid=%r action=%r reason=%r", *names, reason)
-
-    def _publish(self, request: Incoming, payload: bytes) -> None:
-        if not self._mqtt.publish(RESPONSE.format(request.netid, request.action), payload):
-            raise UnusableError("the broker does not take the answer")
-        self._counts["exchanges" if request.action == KEY_EXCHANGE else "requests"] += 1
-        milliseconds = (time.monotonic() - request.arrived) * 1000
-        log().info(
-            "answered netid=%r action=%s ms=%.1f bytes=%d",
-            *(request.netid, request.action, milliseconds, len(request.payload)),
-        )
-
-    def _exchange(self, request: Incoming) -> None:
-        """Answer a key exchange now, or let it wait for its turn; CryptoError if it is unusable."""
-        suite = crypto.suite_of(request.payload)
-        if self._authority:
-            self._authority.verify(request.payload, request.netid, request.netid)
-        if suite == "dh4096":
-            self._enqueue(request)
-            return
-        key_pair = crypto.X25519KeyPair()
-        transcript = self._transcript(request, key_pair)
-        cipher = key_pair.agree(transcript, is_client=False)
-        self._publish(request, transcript.response)
-        self._keys(request.netid).add(cipher)
-
-    def _transcript(self, request: Incoming, key_pair: crypto.KeyPair) -> crypto.Transcript:
-        response = key_pair.public_key
-        if self._identity:
-            response = self._identity.sign(response, request.netid, request.payload)
-        return crypto.Transcript(request.netid, request.payload, response)
-
-    def _keys(self, netid: str) -> Keys:
-        """Return what is kept of a NetID, new if need be, which is now the most recently used."""
-        keys = self._netids.setdefault(netid, Keys())
-        self._netids.move_to_end(netid)
-        if len(self._netids) > MAX_NETIDS:
-            self._netids.popitem(last=False)
-        return keys
-
-    def _enqueue(self, request: Incoming) -> None:
-        """Let a key exchange wait in a short queue of its NetID, so that none delays the others."""
-        requests = self._waiting.get(request.netid, deque())
-        if len(requests) < KEYS_PER_NETID and len(self._waiting) < MAX_WAITING:
-            requests.append(request)
-            self._waiting[request.netid] = requests
-        else:
-            self._dropped += 1
-
-    def _give_tasks(self) -> None:
-        """Let idle workers go on with key exchanges, one of each NetID in turn, or make ready."""
-        while self._idle:
-            if self._waiting and self._key_pairs:
-                netid, requests = self._waiting.popitem(last=False)
-                if len(requests) > 1:
-                    self._waiting[netid] = requests
-                self._begin_exchange(requests.popleft())
-            elif len(self._key_pairs) + len(self._busy) < KEY_PAIR_STOCK:
-                self._give_task(None, "make_key_pair")
-            else:
-                break
-
-    def _give_task(self, keys: Keys | None, task: str, *arguments: Any) -> None:
-        worker = self._idle.pop()
-        worker.send(task, *arguments)
-        self._busy[worker] = keys
-
-    def _begin_exchange(self, request: Incoming) -> None:
-        key_pair = self._key_pairs.popleft()
-        transcript = self._transcript(request, key_pair)
-        self._attempt(lambda request: self._publish(request, transcript.response), request)
-        keys = self._keys(request.netid)
-        keys.coming += 1
-        self._give_task(keys, "agree", key_pair, transcript)
-
-    def _take_result(self, worker: crypto.Worker) -> None:
-        cipher, key_pair = worker.receive()
-        keys = self._busy.pop(worker)
-        self._idle.append(worker)
-        self._key_pairs.append(key_pair)
-        if keys:
-            keys.coming -= 1
-            keys.add(cipher)
-            parked, keys.parked = keys.parked, []
-            for request in parked:
-                self._attempt(self._answer, request)
-
-    def _answer(self, request: Incoming) -> None:
-        """Answer a request. CryptoError if it is unusable."""
-        if request.action not in ACTIONS:
-            raise UnusableError("unknown action")
-        keys = self._netids.get(request.netid) or Keys()
-        names = request.netid, request.action
-        try:
-            key, number, text = keys.open(REQUEST.format(*names), request.payload)
-        except UnusableError:
-            if not keys.coming or len(keys.parked) >= KEYS_PER_NETID:
-                raise
-            keys.parked.append(request)
-            return
-        if not is_utf8(text):
-            raise UnusableError("not UTF-8 text")
-        self._netids.move_to_end(request.netid)
-        answer = ACTIONS[request.action](text.decode()).encode()
-        self._publish(request, key.seal(RESPONSE.format(*names), number, answer))
-
-
-# --- the local broker --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def local_broker(host: str, port: int) -> Iterator[None]:
-    """Run an MQTT broker in a thread."""
-    import asyncio
-    import logging
-
-    try:
-        from amqtt.broker import Broker as AmqttBroker
-        from amqtt.errors import AMQTTError, BrokerError
-    except ImportError:
-        raise ProgramError(
-            "--local needs the package amqtt", "install it: python3 -m pip install amqtt"
-        ) from None
-    logging.getLogger("amqtt").setLevel(logging.CRITICAL + 1)  # what matters is said here
-    config = {
-        "listeners": {"default": {"type": "tcp", "bind": f"{host}:{port}"}},
-        "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
-    }
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
-    async def start() -> Any:
-        broker = AmqttBroker(config)
-        await broker.start()
-        return broker
-
-    try:
-        broker = asyncio.run_coroutine_threadsafe(start(), loop).result()
-    except (AMQTTError, BrokerError) as error:
-        raise ProgramError(
-            f"the local broker cannot listen on {host} port {port}: {error}", "choose another port"
-        ) from None
-    try:
-        yield
-    finally:
-        asyncio.run_coroutine_threadsafe(broker.shutdown(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(LOOP_INTERVAL)
-
-
-@contextlib.contextmanager
-def local_services(settings: Settings) -> Iterator[None]:
-    """Run a broker and a responder for a request, and put into the settings how to reach them."""
-    settings.host = "127.0.0.1"
-    with socket.create_server((settings.host, 0)) as server:
-        settings.port = server.getsockname()[1]  # free, and soon the broker's
-    names = {"netid": settings.netid, "host": settings.host, "port": settings.port}
-    ready = threading.Event()
-    responder = Responder(
-        Settings(**names, id=random_id(), timeout=settings.timeout), on_ready=ready.set
-    )
-    with local_broker(settings.host, settings.port):
-        thread = threading.Thread(target=responder.run)
-        thread.start()
-        try:
-            ready.wait(settings.timeout)
-            yield
-        finally:
-            responder.stop()
-            thread.join()
-
-
-def random_id() -> str:
-    """Return a client ID for a responder, since the NetID is the client's."""
-    return f"responder{os.urandom(4).hex()}"  # every broker takes 23 of these (3.1.1, 3.1.3.1)
 
 
 # --- command line ------------------------------------------------------------------------------
@@ -1688,15 +768,16 @@ def set_up_log(settings: Settings) -> None:
 
 def run_request(settings: Settings) -> None:
     """Send a request and print the response."""
-    # Before there are threads, and before paho is imported: it computes meanwhile.
-    exchange = crypto.start_exchange(*exchange_settings(settings))
-    with local_services(settings) if settings.local else contextlib.nullcontext():
+    # A child computes while this process imports paho and connects. Before there are threads.
+    exchange = Worker(partial(crypto.Exchange, *exchange_settings(settings)))
+    with services(settings):
         text = read_message(settings)
         mqtt = Connection(settings)
         end = time.monotonic() + settings.timeout
         try:
             with notice(mqtt):
-                answer = supervise(partial(request, mqtt, settings, exchange, text), lambda: end)
+                run = partial(request, mqtt, settings, cast("crypto.Exchange", exchange), text)
+                answer = supervise(run, lambda: end)
         except TimeoutError:
             raise timed_out(mqtt, settings) from None
     write_output(answer + b"\n")
@@ -1719,7 +800,7 @@ def notice(mqtt: Connection) -> Iterator[None]:
 def run_session(settings: Settings) -> None:
     """Send the lines of standard input and print the responses."""
     new_exchange = partial(crypto.Exchange, *exchange_settings(settings))
-    with local_services(settings) if settings.local else contextlib.nullcontext():
+    with services(settings):
         session = Session(settings, new_exchange)
         try:
             supervise(session.run, session.end)
@@ -1729,12 +810,24 @@ def run_session(settings: Settings) -> None:
 
 
 def exchange_settings(settings: Settings) -> tuple[Any, ...]:
-    """Return the arguments of an Exchange."""
+    """Return the arguments of an Exchange. CryptoError or UsageError if a file is unusable."""
+    read_group()
     return settings.netid, settings.suite, *peer_security(settings), settings.peer_name
+
+
+def services(settings: Settings) -> contextlib.AbstractContextManager[None]:
+    """Return what --local brings for a request."""
+    if not settings.local:
+        return contextlib.nullcontext()
+    from responder import local_services
+
+    return local_services(settings)
 
 
 def run_responder(settings: Settings) -> None:
     """Answer requests until SIGINT or SIGTERM."""
+    from responder import Responder, local_broker
+
     whom = settings.netid or "all NetIDs"
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: sys.exit(0))  # before there is anything to finish
@@ -1763,9 +856,9 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         hint = "install what is needed: python3 -m pip install -r requirements.txt"
         return report(ProgramError(f"a package is missing: {error}", hint))
-    except crypto.WorkerError:
+    except WorkerError:
         return report(ProgramError("a process of the program was ended", "try again"))
-    except (crypto.CryptoError, OSError) as error:
+    except (CryptoError, OSError) as error:
         return report(ProgramError(str(error)))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -41,7 +41,12 @@ from hostile import CONNACK, PUBACK, PUBLISH, QOS_1, SUBACK, connect, packet, pu
 from paho.mqtt.enums import CallbackAPIVersion
 
 import crypto
+import mqtt
 import secure_mqtt_client as program
+from keys import read_group, read_public_key
+from mqtt import KEY_EXCHANGE, REQUEST, RESPONSE, Connection
+from settings import Settings
+from signatures import Identity
 
 if TYPE_CHECKING:
     import io
@@ -155,12 +160,12 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def settings_of(port: int, netid: str) -> program.Settings:
+def settings_of(port: int, netid: str) -> Settings:
     """Return the settings of a client that asks for a text in uppercase."""
     return program.parse_settings(["-p", str(port), netid, "uppercase", TEXT.decode()])
 
 
-def new_exchange(settings: program.Settings) -> crypto.Exchange:
+def new_exchange(settings: Settings) -> crypto.Exchange:
     """Return an exchange in the suite of the settings."""
     return crypto.Exchange(settings.netid, settings.suite)
 
@@ -181,16 +186,16 @@ def stages(broker: Mosquitto) -> Iterator[tuple[str, ...]]:
     for _ in range(ROUNDS):
         stage("imports (a process of its own)", lambda: subprocess.run(floor))
         exchange = stage("key pair", lambda: new_exchange(settings))
-        mqtt = program.Connection(settings)
+        mqtt = Connection(settings)
 
-        def prepare(mqtt: program.Connection = mqtt) -> None:
+        def prepare(mqtt: Connection = mqtt) -> None:
             mqtt.connect()
-            mqtt.subscribe(program.RESPONSE.format(settings.netid, program.KEY_EXCHANGE), answering)
+            mqtt.subscribe(RESPONSE.format(settings.netid, KEY_EXCHANGE), answering)
 
         stage("connect and subscribe", prepare)
         response = stage(
             "exchange of public keys",
-            lambda: program.call(mqtt, settings, program.KEY_EXCHANGE, exchange.request(), bytes),  # noqa: B023
+            lambda: program.call(mqtt, settings, KEY_EXCHANGE, exchange.request(), bytes),  # noqa: B023
         )
         stage("derivation", lambda: exchange.agree(response))  # noqa: B023
         message = exchange.seal(asking, TEXT)
@@ -249,20 +254,18 @@ class LoadClients:
         self._count += 1
         netid = f"{self._prefix}{self._count}"
         self._started[netid] = time.perf_counter()
-        self._client.publish(
-            program.REQUEST.format(netid, program.KEY_EXCHANGE), self._public_key, 1
-        )
+        self._client.publish(REQUEST.format(netid, KEY_EXCHANGE), self._public_key, 1)
 
     def _on_message(self, client: object, userdata: object, message: paho.MQTTMessage) -> None:
         netid, action, _ = message.topic.split("/")
         if netid not in self._started:
             return
-        if action == program.KEY_EXCHANGE:
+        if action == KEY_EXCHANGE:
             # pow, as gmpy2's constant time would cost more than the squaring.
-            secret = pow(crypto.read_public_key(bytes(message.payload)), 2, crypto.read_group().p)
+            secret = pow(read_public_key(bytes(message.payload)), 2, read_group().p)
             key = self._keys[netid] = crypto.derive_key(secret.to_bytes(512, "big"), 32, *LAB)
             token = crypto.encrypt(TEXT, key)
-            self._client.publish(program.REQUEST.format(netid, "uppercase"), token, 1)
+            self._client.publish(REQUEST.format(netid, "uppercase"), token, 1)
             return
         answer = crypto.decrypt(bytes(message.payload), self._keys.pop(netid))
         self.wrong += answer != TEXT.upper()
@@ -333,8 +336,8 @@ def environments(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
 def exponentiations_per_second(env: dict[str, str]) -> float:
     """Return cores / (t_keypair + t_secret), both measured on an otherwise idle machine."""
     code = (
-        "import crypto, os, statistics, time\n"
-        "peer, p, times = crypto.DhKeyPair().public_value, crypto.read_group().p, []\n"
+        "import crypto, keys, os, statistics, time\n"
+        "peer, p, times = crypto.DhKeyPair().public_value, keys.read_group().p, []\n"
         "for _ in range(41):\n"
         "    start = time.perf_counter(); crypto.DhKeyPair()\n"
         "    exponent = int.from_bytes(os.urandom(crypto.EXPONENT_SIZE), 'big')\n"
@@ -365,9 +368,7 @@ def measure_flood(broker: Mosquitto, clients: LoadClients) -> None:
     def flood() -> None:
         client = connected(broker.port, "flood", lambda *_: None, "nothing")
         while not stop.is_set():
-            client.publish(
-                program.REQUEST.format("flood", program.KEY_EXCHANGE), key, 1
-            ).wait_for_publish(SAFETY)
+            client.publish(REQUEST.format("flood", KEY_EXCHANGE), key, 1).wait_for_publish(SAFETY)
         client.disconnect()
 
     thread = threading.Thread(target=flood)
@@ -440,7 +441,7 @@ def answers_per_second(port: int, netid: str, payloads: Sequence[bytes], window:
     """Send payloads, so many at a time, and count the answers."""
     done = threading.Event()
     state = Counter(sent=window)
-    topic = program.REQUEST.format(netid, "uppercase")
+    topic = REQUEST.format(netid, "uppercase")
 
     def on_message(client: paho.Client, userdata: object, message: object) -> None:
         state["answered"] += 1
@@ -450,9 +451,7 @@ def answers_per_second(port: int, netid: str, payloads: Sequence[bytes], window:
         elif state["answered"] == len(payloads):
             done.set()
 
-    client = connected(
-        port, f"rate-{netid}", on_message, program.RESPONSE.format(netid, "uppercase")
-    )
+    client = connected(port, f"rate-{netid}", on_message, RESPONSE.format(netid, "uppercase"))
     start = time.perf_counter()
     for payload in payloads[:window]:
         client.publish(topic, payload, 1)
@@ -467,9 +466,9 @@ def sealed(port: int, netid: str, count: int) -> list[bytes]:
     """Make an exchange with the responder and return so many encrypted requests."""
     settings = settings_of(port, netid)
     exchange = new_exchange(settings)
-    with program.Connection(settings) as mqtt:
+    with Connection(settings) as mqtt:
         mqtt.connect()
-        mqtt.subscribe(program.RESPONSE.format(netid, program.KEY_EXCHANGE))
+        mqtt.subscribe(RESPONSE.format(netid, KEY_EXCHANGE))
         program.exchange_keys(mqtt, settings, exchange)
     return [exchange.seal(program.topics(settings)[0], TEXT) for _ in range(count)]
 
@@ -638,7 +637,7 @@ def arithmetic_of_python() -> Iterator[None]:
 
 def suite_times(suite: str) -> dict[str, float]:
     """Return the seconds of each step of a suite."""
-    make, topic = crypto.SUITES[suite], program.REQUEST.format("bench", "uppercase")
+    make, topic = crypto.SUITES[suite], REQUEST.format("bench", "uppercase")
     client, responder = make(), make()
     transcript = crypto.Transcript("bench", client.public_key, responder.public_key)
     ours = client.agree(transcript, is_client=True)
@@ -668,8 +667,7 @@ def wire_sizes(suite: str, certificates: Path) -> dict[str, int]:
     client, responder = crypto.SUITES[suite](), crypto.SUITES[suite]()
     first, second = client.public_key, responder.public_key
     asking, answering = (
-        crypto.Identity(identity(certificates, name).read_bytes())
-        for name in ("bench", "responder")
+        Identity(identity(certificates, name).read_bytes()) for name in ("bench", "responder")
     )
     signed = asking.sign(first, "bench")
     cipher = client.agree(crypto.Transcript("bench", first, second), is_client=True)
@@ -720,7 +718,7 @@ class ExchangeLoad:
         everybody = "/".join([*prefix.split("/")[:-1], "+"])
         self._socket.sendall(connect(f"load-{prefix}"))
         assert self._receive()[0][0] == CONNACK
-        self._socket.sendall(subscribe(program.RESPONSE.format(everybody, program.KEY_EXCHANGE)))
+        self._socket.sendall(subscribe(RESPONSE.format(everybody, KEY_EXCHANGE)))
         assert self._receive()[0][0] == SUBACK
 
     def run(self, count: int) -> tuple[float, list[bytes]]:
@@ -748,7 +746,7 @@ class ExchangeLoad:
         self._socket.close()
 
     def _request(self, number: int) -> bytes:
-        topic = program.REQUEST.format(f"{self._prefix}{number}", program.KEY_EXCHANGE)
+        topic = REQUEST.format(f"{self._prefix}{number}", KEY_EXCHANGE)
         return publish(topic, self._payload, QOS_1, (1 + number % 65535).to_bytes(2, "big"))
 
     def _receive(self) -> list[tuple[int, bytes]]:
@@ -757,7 +755,7 @@ class ExchangeLoad:
         while not packets:
             data = self._socket.recv(2**18)
             assert data, "the connection was lost"
-            program.acknowledge_at_once(self._socket)
+            mqtt.acknowledge_at_once(self._socket)
             packets, self._rest = whole_packets(self._rest + data)
         return packets
 

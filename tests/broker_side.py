@@ -296,14 +296,14 @@ def own(certificates: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def change_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make the test's responders wait less: give constants of the program other values."""
+    """Make the test's responders wait less: give constants of a module other values."""
 
-    def change(**constants: float) -> None:
+    def change(module: str, **constants: float) -> None:
         script = tmp_path / PROGRAM.name
         script.write_text(
             f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-            f"import {PROGRAM.stem} as program\n"
-            f"vars(program).update({constants!r})\n"
+            f"import {module}, {PROGRAM.stem} as program\n"
+            f"vars({module}).update({constants!r})\n"
             "if __name__ == '__main__':\n    sys.exit(program.main())\n"
         )
         monkeypatch.setattr(conftest, "PROGRAM", script)

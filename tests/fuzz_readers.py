@@ -14,28 +14,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 with atheris.instrument_imports():
     import crypto
+    from keys import PeerKeyError, from_der, from_pem, to_der, to_pem
 
 KEY = bytes(range(32))
 
 
 def read(data: bytes) -> None:
     """Give the same bytes to each reader, raw and wrapped so that they get further."""
-    with contextlib.suppress(crypto.PeerKeyError):
+    with contextlib.suppress(PeerKeyError):
         crypto.suite_of(data)
-    with contextlib.suppress(crypto.PeerKeyError):
-        crypto.suite_of(crypto.to_pem(b"PUBLIC KEY", data))
+    with contextlib.suppress(PeerKeyError):
+        crypto.suite_of(to_pem(b"PUBLIC KEY", data))
     with contextlib.suppress(crypto.TokenError):
         crypto.decrypt(data, KEY)
     with contextlib.suppress(ValueError):
-        value = crypto.from_der(data)
-        assert crypto.to_der(value) == data
+        value = from_der(data)
+        assert to_der(value) == data
 
 
 def seeds(folder: Path) -> None:
     """Write valid inputs to begin from."""
-    keys = [make().public_key for make in crypto.SUITES.values()]
-    ders = [crypto.from_pem(b"PUBLIC KEY", key) for key in keys]
-    examples = *keys, *ders, crypto.encrypt(b"text", KEY)
+    public_keys = [make().public_key for make in crypto.SUITES.values()]
+    ders = [from_pem(b"PUBLIC KEY", key) for key in public_keys]
+    examples = *public_keys, *ders, crypto.encrypt(b"text", KEY)
     for number, example in enumerate(examples):
         (folder / str(number)).write_bytes(example)
 

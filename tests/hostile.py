@@ -485,7 +485,7 @@ def lab_responder(port: int, netid: str = "+") -> Iterator[None]:
 
 def impatient_program(folder: Path) -> Path:
     """Write a program that is ours, but for the seconds between its attempts to connect."""
-    return changed_program(folder, "program.FIRST_DELAY = program.LAST_DELAY = 0.05\n")
+    return changed_program(folder, "mqtt.FIRST_DELAY = mqtt.LAST_DELAY = 0.05\n")
 
 
 def changed_program(folder: Path, change: str) -> Path:
@@ -493,7 +493,7 @@ def changed_program(folder: Path, change: str) -> Path:
     path = folder / "changed.py"
     path.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        f"import crypto, secure_mqtt_client as program\n{change}"
+        f"import crypto, mqtt, secure_mqtt_client as program\n{change}"
         "if __name__ == '__main__':\n    sys.exit(program.main())\n"
     )
     return path

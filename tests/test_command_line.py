@@ -17,6 +17,8 @@ import pytest
 from conftest import PROGRAM, ROOT, SAFETY, Mosquitto, error_lines, run
 
 import secure_mqtt_client as program
+from mqtt import ACTIONS
+from settings import UsageError
 
 REQUEST = ("le0nh4rt", "uppercase", "text")
 
@@ -146,7 +148,7 @@ def printed(*arguments: str) -> str:
 def test_help_names_every_option_and_argument() -> None:
     text = printed("--help")
     options = [name for each in program.build_parser()._actions for name in each.option_strings]
-    for name in "NETID", "ACTION", "MESSAGE", *options, *program.ACTIONS:
+    for name in "NETID", "ACTION", "MESSAGE", *options, *ACTIONS:
         assert re.search(rf"(?<![\w-]){name}(?![\w-])", text)
 
 
@@ -234,7 +236,7 @@ def test_the_message_may_be(case: str) -> None:
 
 
 def test_a_text_is_not_taken_apart_as_an_option() -> None:
-    with contextlib.suppress(program.UsageError):
+    with contextlib.suppress(UsageError):
         assert program.parse_settings(["x", "reverse", "-v text"]).message == b"-v text"
 
 
@@ -286,8 +288,8 @@ FOREIGN_GROUP = subprocess.run(
 def test_an_unusable_group_file_is_explained_before_any_connection(
     content: bytes | None, arguments: tuple[str, ...], listener: Listener, tmp_path: Path
 ) -> None:
-    for name in PROGRAM.name, "crypto.py":
-        shutil.copy(ROOT / name, tmp_path)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
     if content is not None:
         (tmp_path / "dhparam4096.pem").write_bytes(content)
     result = run("-p", str(listener.port), *arguments, program=tmp_path / PROGRAM.name)

@@ -28,13 +28,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import crypto
+from keys import KeyFileError, PeerKeyError, read_group, read_private_key, read_public_key
 
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 VECTOR_FILE = VECTORS / "dh4096.json"
 EXCHANGES: list[dict[str, str]] = json.loads(VECTOR_FILE.read_text())
-GROUP = crypto.read_group()
+GROUP = read_group()
 P, G = GROUP
 DH = bytes.fromhex("2a864886f70d010301")
 KEY = bytes(range(32))
@@ -170,10 +171,10 @@ def test_p_is_a_safe_prime_of_4096_bits() -> None:
 def test_a_vector_gives_its_secret_and_its_key(exchange: dict[str, str], side: str) -> None:
     private, peer = exchange[f"{side}_private_key"], exchange[f"{SIDES[side]}_public_key"]
     assert crypto.create_shared_key(private, peer).hex() == exchange["shared_key"]
-    exponent = crypto.read_private_key(private.encode())
-    y = crypto.read_public_key(peer.encode())
+    exponent = read_private_key(private.encode())
+    y = read_public_key(peer.encode())
     assert pow(y, exponent, P).to_bytes(512, "big").hex() == exchange["shared_secret"]
-    own_value = crypto.read_public_key(exchange[f"{side}_public_key"].encode())
+    own_value = read_public_key(exchange[f"{side}_public_key"].encode())
     assert own_value == pow(G, exponent, P)
 
 
@@ -268,7 +269,7 @@ def test_any_two_key_pairs_agree(one: int, other: int) -> None:
 
 
 def test_a_private_exponent_has_384_random_bits() -> None:
-    exponents = [crypto.read_private_key(crypto.generate_keyset()[0]) for _ in range(32)]
+    exponents = [read_private_key(crypto.generate_keyset()[0]) for _ in range(32)]
     assert max(exponent.bit_length() for exponent in exponents) in (382, 383, 384)
     assert len(set(exponents)) == 32
 
@@ -292,12 +293,12 @@ ACCEPTED: dict[str, bytes] = {
 
 @pytest.mark.parametrize("form", ACCEPTED)
 def test_a_public_key_is_accepted_with(form: str) -> None:
-    assert crypto.read_public_key(ACCEPTED[form]) == OWN.public_value
+    assert read_public_key(ACCEPTED[form]) == OWN.public_value
 
 
 @pytest.mark.parametrize("y", [2, P - 2])
 def test_a_public_value_at_the_end_of_its_range_is_accepted(y: int) -> None:
-    assert crypto.read_public_key(public_pem(y)) == y
+    assert read_public_key(public_pem(y)) == y
 
 
 REFUSED: dict[str, Callable[[], bytes]] = {
@@ -366,17 +367,17 @@ REFUSED: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("form", REFUSED)
 def test_a_public_key_is_refused_for(form: str) -> None:
-    with pytest.raises(crypto.PeerKeyError) as refusal:
-        crypto.read_public_key(REFUSED[form]())
+    with pytest.raises(PeerKeyError) as refusal:
+        read_public_key(REFUSED[form]())
     assert str(refusal.value)
-    with pytest.raises(crypto.PeerKeyError):
+    with pytest.raises(PeerKeyError):
         crypto.create_shared_key(OWN.private_key, REFUSED[form]())
 
 
 def test_a_public_key_nested_to_any_depth_is_refused() -> None:
     for depth in [*range(0, 2_000, 7), 5_000, 11_000]:
-        with pytest.raises(crypto.PeerKeyError):
-            crypto.read_public_key(pem(nested(depth)))
+        with pytest.raises(PeerKeyError):
+            read_public_key(pem(nested(depth)))
 
 
 OWN_DER = public_der(OWN.public_value)
@@ -386,7 +387,7 @@ bytes_of_one = st.integers(0, 255)
 def secret_of(changed_pem: bytes) -> bytes | None:
     try:
         return OWN.shared_key(changed_pem)
-    except crypto.PeerKeyError:
+    except PeerKeyError:
         return None
 
 
@@ -428,8 +429,8 @@ ders = st.recursive(
 @given(st.binary() | st.binary().map(pem) | ders.map(pem))
 def test_reading_a_public_key_from_any_bytes_raises_only_its_error(data: bytes) -> None:
     try:
-        y = crypto.read_public_key(data)
-    except crypto.PeerKeyError:
+        y = read_public_key(data)
+    except PeerKeyError:
         pass
     else:
         assert 2 <= y <= P - 2
@@ -447,7 +448,7 @@ def test_a_private_key_is_accepted_with_and_without_private_value_length() -> No
     parameters = sequence(integer(P), integer(G), integer(384))
     der = sequence(integer(0), sequence(tlv(6, DH), parameters), tlv(4, integer(5)))
     for form in private_pem(5), pem(der, "PRIVATE KEY"):
-        assert crypto.read_private_key(form) == 5
+        assert read_private_key(form) == 5
 
 
 UNUSABLE: dict[str, bytes] = {
@@ -467,22 +468,21 @@ UNUSABLE: dict[str, bytes] = {
 
 @pytest.mark.parametrize("form", UNUSABLE)
 def test_a_private_key_is_refused_for(form: str) -> None:
-    with pytest.raises(crypto.KeyFileError):
+    with pytest.raises(KeyFileError):
         crypto.create_shared_key(UNUSABLE[form], OWN_PUBLIC)
 
 
 # --- the group's file --------------------------------------------------------------------------
 
 
-def copy_of_crypto(folder: Path) -> ModuleType:
-    """Load a copy of the module, which reads the group that lies beside it."""
-    shutil.copy(ROOT / "crypto.py", folder)
-    spec = importlib.util.spec_from_file_location("copy_of_crypto", folder / "crypto.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A copy of the module, which reads the group that lies beside it."""
+    for name in "keys", "crypto":
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module("crypto")
 
 
 GROUP_FILES: dict[str, bytes | None] = {
@@ -498,37 +498,37 @@ GROUP_FILES: dict[str, bytes | None] = {
 
 
 @pytest.mark.parametrize("content", GROUP_FILES)
-def test_the_group_file_is_refused_when_it_is(content: str, tmp_path: Path) -> None:
-    module = copy_of_crypto(tmp_path)
+def test_the_group_file_is_refused_when_it_is(
+    content: str, tmp_path: Path, copied: ModuleType
+) -> None:
     if (data := GROUP_FILES[content]) is not None:
         (tmp_path / "dhparam4096.pem").write_bytes(data)
     for call in (
-        module.generate_keyset,
-        lambda: module.create_shared_key(OWN.private_key, OWN_PUBLIC),
+        copied.generate_keyset,
+        lambda: copied.create_shared_key(OWN.private_key, OWN_PUBLIC),
     ):
-        with pytest.raises(module.KeyFileError, match=r"dhparam4096\.pem"):
+        with pytest.raises(sys.modules["keys"].KeyFileError, match=r"dhparam4096\.pem"):
             call()
 
 
 def test_the_group_file_may_be_a_folder_without_harm(tmp_path: Path) -> None:
-    with pytest.raises(crypto.KeyFileError):
+    with pytest.raises(KeyFileError):
         crypto.generate_keyset(str(tmp_path))
 
 
 def test_the_group_file_is_found_beside_the_module_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: ModuleType
 ) -> None:
     shutil.copy(ROOT / "dhparam4096.pem", tmp_path)
-    module = copy_of_crypto(tmp_path)
     monkeypatch.chdir("/")
-    assert module.read_public_key(module.generate_keyset()[1]) > 1
+    assert read_public_key(copied.generate_keyset()[1]) > 1
 
 
 def test_the_group_file_may_have_other_line_ends(tmp_path: Path) -> None:
     text = (ROOT / "dhparam4096.pem").read_bytes().replace(b"\n", b"\r\n")
     (tmp_path / "group.pem").write_bytes(text)
     _, public = crypto.generate_keyset(str(tmp_path / "group.pem"))
-    assert crypto.read_public_key(public) > 1
+    assert read_public_key(public) > 1
 
 
 # --- tokens ------------------------------------------------------------------------------------

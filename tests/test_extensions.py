@@ -32,6 +32,23 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import crypto
+from keys import (
+    BIT_STRING,
+    OBJECT_IDENTIFIER,
+    OCTET_STRING,
+    PRIVATE_KEY,
+    PUBLIC_KEY,
+    UTC_TIME,
+    KeyFileError,
+    PeerKeyError,
+    from_der,
+    from_pem,
+    public_key_der,
+    read_private_key,
+    to_der,
+    to_pem,
+)
+from signatures import Authority, Identity
 
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
@@ -41,7 +58,7 @@ EXCHANGES, IDENTITIES = FILE["exchanges"], FILE["identities"]
 BAD_BUNDLES, BAD_MESSAGES = FILE["bad_bundles"], FILE["bad_messages"]
 LOW_ORDER, BAD_KEYS = FILE["low_order_points"], FILE["bad_public_keys"]
 X25519 = [name for name, exchange in EXCHANGES.items() if exchange["suite"] == "x25519"]
-AUTHORITY = crypto.Authority(FILE["authority"].encode())
+AUTHORITY = Authority(FILE["authority"].encode())
 ANCHORS = [x509.load_pem_x509_certificate(FILE["authority"].encode())]
 NETID, RESPONDER = "le0nh4rt", "responder"
 TOPIC, ANSWER_TOPIC = f"{NETID}/uppercase/request", f"{NETID}/uppercase/response"
@@ -55,8 +72,8 @@ def key_pair(exchange: dict[str, Any], side: str) -> crypto.KeyPair:
     """Return one side's key pair of an exchange in the file."""
     pem = exchange[f"{side}_private_key"].encode()
     if exchange["suite"] == "dh4096":
-        return crypto.DhKeyPair(crypto.read_private_key(pem))
-    return crypto.X25519KeyPair(crypto.from_pem(crypto.PRIVATE_KEY, pem)[-32:])
+        return crypto.DhKeyPair(read_private_key(pem))
+    return crypto.X25519KeyPair(from_pem(PRIVATE_KEY, pem)[-32:])
 
 
 def transcript(exchange: dict[str, Any]) -> crypto.Transcript:
@@ -115,7 +132,7 @@ def test_in_a_known_exchange_who_has_signed_is_verified_and_who_has_not_is_refus
         if EXCHANGES[name][f"{side}_identity"]:
             AUTHORITY.verify(payload, netid, expected, answered)
         else:
-            with pytest.raises(crypto.PeerKeyError, match="not signed"):
+            with pytest.raises(PeerKeyError, match="not signed"):
                 AUTHORITY.verify(payload, netid, expected, answered)
 
 
@@ -125,16 +142,16 @@ def test_a_signature_that_leaves_nothing_to_chance_is_the_known_one(name: str) -
     for side, payload, answered in ("client", request, None), ("responder", response, request):
         signer = EXCHANGES[name][f"{side}_identity"] or ""
         if signer.endswith("ed25519"):
-            public_key = crypto.to_pem(crypto.PUBLIC_KEY, crypto.public_key_der(payload))
+            public_key = to_pem(PUBLIC_KEY, public_key_der(payload))
             assert identity(signer).sign(public_key, netid, answered) == payload
 
 
 # --- the second implementation -----------------------------------------------------------------
 
 
-def identity(name: str) -> crypto.Identity:
+def identity(name: str) -> Identity:
     """Return an identity in the file, as crypto.py reads it."""
-    return crypto.Identity("".join(IDENTITIES[name].values()).encode())
+    return Identity("".join(IDENTITIES[name].values()).encode())
 
 
 def reference_key(name: str) -> reference.SigningKey:
@@ -198,7 +215,7 @@ def test_key_and_certificates_of_an_identity_may_come_in_either_order() -> None:
     for name, parts in IDENTITIES.items():
         public_key = crypto.X25519KeyPair().public_key
         pem = (parts["chain"] + parts["private_key"]).encode()
-        bundle = crypto.Identity(pem).sign(public_key, NETID, b"any")
+        bundle = Identity(pem).sign(public_key, NETID, b"any")
         assert bundle.count(b"CERTIFICATE") == 2 * parts["chain"].count("BEGIN")
         if name.startswith("responder"):
             AUTHORITY.verify(bundle, NETID, RESPONDER, b"any")
@@ -218,12 +235,12 @@ CHAIN = IDENTITIES["client_p256"]["chain"].encode()
 OWN_KEY = IDENTITIES["client_p256"]["private_key"].encode()
 # An elliptic curve that the library does not know: prime239v1 (X9.62).
 ODD_CURVE = [
-    (crypto.OBJECT_IDENTIFIER, bytes.fromhex("2a8648ce3d0201")),
-    (crypto.OBJECT_IDENTIFIER, bytes.fromhex("2a8648ce3d030104")),
+    (OBJECT_IDENTIFIER, bytes.fromhex("2a8648ce3d0201")),
+    (OBJECT_IDENTIFIER, bytes.fromhex("2a8648ce3d030104")),
 ]
-ODD_PUBLIC_KEY = [ODD_CURVE, (crypto.BIT_STRING, b"\0\4" + b"\1" * 60)]
-ODD_EXPONENT = crypto.to_der([1, (crypto.OCTET_STRING, b"\1" * 30)])
-ODD_PRIVATE_KEY = crypto.to_der([0, ODD_CURVE, (crypto.OCTET_STRING, ODD_EXPONENT)])
+ODD_PUBLIC_KEY = [ODD_CURVE, (BIT_STRING, b"\0\4" + b"\1" * 60)]
+ODD_EXPONENT = to_der([1, (OCTET_STRING, b"\1" * 30)])
+ODD_PRIVATE_KEY = to_der([0, ODD_CURVE, (OCTET_STRING, ODD_EXPONENT)])
 UNUSABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "nothing": (lambda: b"", "does not hold a certificate and a private key"),
     "a key without a certificate": (lambda: OWN_KEY, "does not hold a certificate"),
@@ -253,7 +270,7 @@ UNUSABLE: dict[str, tuple[Callable[[], bytes], str]] = {
         "private key that can sign",
     ),
     "a key on a curve that nobody knows": (
-        lambda: CHAIN + crypto.to_pem(crypto.PRIVATE_KEY, ODD_PRIVATE_KEY),
+        lambda: CHAIN + to_pem(PRIVATE_KEY, ODD_PRIVATE_KEY),
         "private key that can sign",
     ),
     "a certificate for a key on a curve that nobody knows": (
@@ -274,8 +291,8 @@ UNUSABLE: dict[str, tuple[Callable[[], bytes], str]] = {
 @pytest.mark.parametrize("what", UNUSABLE)
 def test_an_identity_cannot_be(what: str) -> None:
     make, says = UNUSABLE[what]
-    with pytest.raises(crypto.KeyFileError, match=says):
-        crypto.Identity(make())
+    with pytest.raises(KeyFileError, match=says):
+        Identity(make())
 
 
 NO_AUTHORITIES: dict[str, Callable[[], bytes]] = {
@@ -292,8 +309,8 @@ NO_AUTHORITIES: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("what", NO_AUTHORITIES)
 def test_an_authority_cannot_be(what: str) -> None:
-    with pytest.raises(crypto.KeyFileError, match="holds no certificate in PEM"):
-        crypto.Authority(NO_AUTHORITIES[what]())
+    with pytest.raises(KeyFileError, match="holds no certificate in PEM"):
+        Authority(NO_AUTHORITIES[what]())
 
 
 # --- bundles that prove nothing ----------------------------------------------------------------
@@ -316,19 +333,19 @@ def test_a_bundle_is_refused_for(name: str) -> None:
     bundle = BAD_BUNDLES[name]
     request = bundle["payload1"] and bundle["payload1"].encode()
     names = bundle["netid"], bundle["expected_name"]
-    with pytest.raises(crypto.PeerKeyError, match=SAYS[bundle["why"]]):
+    with pytest.raises(PeerKeyError, match=SAYS[bundle["why"]]):
         AUTHORITY.verify(bundle["payload"].encode(), *names, request)
     with pytest.raises(reference.REFUSED):
         reference.verify_bundle(bundle["payload"].encode(), *names, ANCHORS, request)
 
 
 def test_the_same_bundle_is_refused_by_the_authority_of_others() -> None:
-    others = crypto.Authority(FILE["other_authority"].encode())
+    others = Authority(FILE["other_authority"].encode())
     netid, request, response = transcript(EXCHANGES["x25519_both_p256"])
     AUTHORITY.verify(response, netid, RESPONDER, request)
-    with pytest.raises(crypto.PeerKeyError, match="from an unknown authority"):
+    with pytest.raises(PeerKeyError, match="from an unknown authority"):
         others.verify(response, netid, RESPONDER, request)
-    either = crypto.Authority((FILE["other_authority"] + FILE["authority"]).encode())
+    either = Authority((FILE["other_authority"] + FILE["authority"]).encode())
     either.verify(response, netid, RESPONDER, request)
 
 
@@ -340,7 +357,7 @@ def proves(payload: bytes, exchange: dict[str, Any], side: str) -> bool:
             AUTHORITY.verify(payload, netid, netid)
         else:
             AUTHORITY.verify(payload, netid, RESPONDER, request)
-    except crypto.PeerKeyError:
+    except PeerKeyError:
         return False
     return True
 
@@ -361,20 +378,20 @@ def test_no_changed_byte_of_a_bundle_changes_the_public_key_that_it_proves(
                 accepted.append((changed, byte))
     for changed, byte in accepted:
         assert bytes([byte]).isspace()
-        assert crypto.public_key_der(changed) == crypto.public_key_der(original)
+        assert public_key_der(changed) == public_key_der(original)
 
 
 # Certificates by hand, since no library would make them.
 
 DNS, RFC822, X400, EDI, IP = 0x82, 0x81, 0xA3, 0xA5, 0x87  # GeneralName (RFC 5280, 4.2.1.6)
 SIGNER = ed25519.Ed25519PrivateKey.generate()
-ALGORITHM = [(crypto.OBJECT_IDENTIFIER, bytes.fromhex("2b6570"))]  # Ed25519 (RFC 8410)
+ALGORITHM = [(OBJECT_IDENTIFIER, bytes.fromhex("2b6570"))]  # Ed25519 (RFC 8410)
 
 
 def names_extension(*names: tuple[int, bytes]) -> list[Any]:
     """Return a subjectAltName."""
-    value = (crypto.OCTET_STRING, crypto.to_der([*names]))
-    return [(crypto.OBJECT_IDENTIFIER, bytes.fromhex("551d11")), value]
+    value = (OCTET_STRING, to_der([*names]))
+    return [(OBJECT_IDENTIFIER, bytes.fromhex("551d11")), value]
 
 
 NAMED = names_extension((DNS, NETID.encode()))
@@ -387,24 +404,24 @@ def certificate(
     common_name: bytes = b"x",
     algorithm: list[Any] = ALGORITHM,
     public_key: list[Any] | None = None,
-    not_before: tuple[int, bytes] = (crypto.UTC_TIME, b"250101000000Z"),
+    not_before: tuple[int, bytes] = (UTC_TIME, b"250101000000Z"),
 ) -> bytes:
     """Return a certificate that its own key has signed (DER)."""
-    attribute = [(crypto.OBJECT_IDENTIFIER, bytes.fromhex("550403")), (0x0C, common_name)]
-    name = [(0x31, crypto.to_der(attribute))]
+    attribute = [(OBJECT_IDENTIFIER, bytes.fromhex("550403")), (0x0C, common_name)]
+    name = [(0x31, to_der(attribute))]
     own_key = SIGNER.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     content = [
-        *((0xA0, crypto.to_der(version)), serial, algorithm, name),
-        *([not_before, (crypto.UTC_TIME, b"491231235959Z")], name),
-        *(public_key or crypto.from_der(own_key), (0xA3, crypto.to_der([*extensions]))),
+        *((0xA0, to_der(version)), serial, algorithm, name),
+        *([not_before, (UTC_TIME, b"491231235959Z")], name),
+        *(public_key or from_der(own_key), (0xA3, to_der([*extensions]))),
     ]
-    signature = b"\0" + SIGNER.sign(crypto.to_der(content))
-    return crypto.to_der([content, algorithm, (crypto.BIT_STRING, signature)])
+    signature = b"\0" + SIGNER.sign(to_der(content))
+    return to_der([content, algorithm, (BIT_STRING, signature)])
 
 
 def bundle_of(certificate: bytes, request: bytes | None = None) -> bytes:
     """Return a bundle that is right but for its certificate (DER)."""
-    der = crypto.public_key_der(crypto.X25519KeyPair().public_key)
+    der = public_key_der(crypto.X25519KeyPair().public_key)
     pem = reference.pem("CERTIFICATE", certificate)
     return reference.bundle(NETID, der, SIGNER, pem, request)
 
@@ -433,15 +450,13 @@ ODD_CERTIFICATES: dict[str, bytes] = {
     "a name of 10,000 characters": certificate(names_extension((DNS, b"a" * 10_000))),
     "an e-mail address": certificate(names_extension((RFC822, NETID.encode()))),
     "an extension that is no DER": certificate(
-        [*NAMED[:1], (crypto.OCTET_STRING, b"\x30\x05abc")],
+        [*NAMED[:1], (OCTET_STRING, b"\x30\x05abc")],
     ),
     "a subject that is not UTF-8": certificate(NAMED, common_name=b"\xff"),
     "a subject of control characters": certificate(NAMED, common_name=b"\x1b[2J\nforged: line"),
     "a key on a curve that nobody knows": certificate(NAMED, public_key=ODD_PUBLIC_KEY),
-    "a time that does not exist": certificate(
-        NAMED, not_before=(crypto.UTC_TIME, b"259999999999Z")
-    ),
-    "a time of another type": certificate(NAMED, not_before=(crypto.OCTET_STRING, b"")),
+    "a time that does not exist": certificate(NAMED, not_before=(UTC_TIME, b"259999999999Z")),
+    "a time of another type": certificate(NAMED, not_before=(OCTET_STRING, b"")),
 }
 
 
@@ -451,7 +466,7 @@ def test_a_certificate_is_refused_in_printable_words_for(what: str, is_client: b
     """Whoever can publish can send one: it must neither end a program nor write to a terminal."""
     request = None if is_client else b"message 1"
     payload = bundle_of(ODD_CERTIFICATES[what], request)
-    with pytest.raises(crypto.PeerKeyError) as refusal:
+    with pytest.raises(PeerKeyError) as refusal:
         AUTHORITY.verify(payload, NETID, NETID, request)
     assert str(refusal.value).isprintable()
 
@@ -461,7 +476,7 @@ def test_an_intermediate_certificate_is_refused_or_not_needed_for(what: str) -> 
     netid, request, response = transcript(EXCHANGES["x25519_both_p256"])
     odd = reference.pem("CERTIFICATE", ODD_CERTIFICATES[what])
     start = response.index(b"-----BEGIN SECURE")
-    with contextlib.suppress(crypto.PeerKeyError):
+    with contextlib.suppress(PeerKeyError):
         AUTHORITY.verify(response[:start] + odd + response[start:], netid, RESPONDER, request)
 
 
@@ -490,13 +505,13 @@ def test_any_of_the_names_in_a_certificate_proves_itself_and_no_other(is_client:
     )
     names = [x509.DNSName(name) for name in ("first", "second", "*.third")]
     chain = issued(key, x509.SubjectAlternativeName(names), usage)
-    der = crypto.public_key_der(crypto.X25519KeyPair().public_key)
+    der = public_key_der(crypto.X25519KeyPair().public_key)
     request = None if is_client else b"message 1"
     payload = reference.bundle(NETID, der, key, chain, request)
     for name in "first", "second":
         AUTHORITY.verify(payload, NETID, name, request)
     for name in "third", "a.third", "FIRST", "firs", "first.second", "":
-        with pytest.raises(crypto.PeerKeyError, match="signed by 'first, second, "):
+        with pytest.raises(PeerKeyError, match="signed by 'first, second, "):
             AUTHORITY.verify(payload, NETID, name, request)
 
 
@@ -509,7 +524,7 @@ def test_no_key_is_derived_from_a_point_of_low_order(name: str, is_client: bool)
     ours, pem = crypto.X25519KeyPair(), LOW_ORDER[name].encode()
     assert crypto.suite_of(pem) == "x25519"
     request, response = (ours.public_key, pem) if is_client else (pem, ours.public_key)
-    with pytest.raises(crypto.PeerKeyError, match="of small order"):
+    with pytest.raises(PeerKeyError, match="of small order"):
         ours.agree(crypto.Transcript(NETID, request, response), is_client)
 
 
@@ -517,12 +532,12 @@ def test_no_key_is_derived_from_a_point_of_low_order(name: str, is_client: bool)
 @pytest.mark.parametrize("name", BAD_KEYS)
 def test_a_public_key_of_no_suite_is_refused(name: str, suite: str) -> None:
     pem = BAD_KEYS[name].encode()
-    with pytest.raises(crypto.PeerKeyError):
+    with pytest.raises(PeerKeyError):
         crypto.suite_of(pem)
     ours = crypto.SUITES[suite]()
-    with pytest.raises(crypto.PeerKeyError, match="no valid public key"):
+    with pytest.raises(PeerKeyError, match="no valid public key"):
         ours.agree(crypto.Transcript(NETID, ours.public_key, pem), is_client=True)
-    with pytest.raises(crypto.PeerKeyError, match="no valid public key"):
+    with pytest.raises(PeerKeyError, match="no valid public key"):
         ours.agree(crypto.Transcript(NETID, pem, ours.public_key), is_client=False)
 
 
@@ -531,7 +546,7 @@ def test_a_key_of_the_other_suite_and_our_own_are_refused(suite: str) -> None:
     [other] = [crypto.SUITES[name]().public_key for name in crypto.SUITES if name != suite]
     ours = crypto.SUITES[suite]()
     for response, says in (other, "no valid public key"), (ours.public_key, "our own"):
-        with pytest.raises(crypto.PeerKeyError, match=says):
+        with pytest.raises(PeerKeyError, match=says):
             ours.agree(crypto.Transcript(NETID, ours.public_key, response), is_client=True)
 
 
@@ -622,14 +637,14 @@ payloads = (
 def test_any_bytes_prove_a_name_or_are_a_peer_key_error(
     payload: bytes, request: bytes | None, name: str
 ) -> None:
-    with pytest.raises(crypto.PeerKeyError) as refusal:
+    with pytest.raises(PeerKeyError) as refusal:
         AUTHORITY.verify(payload, NETID, name + "x", request)
     assert str(refusal.value).isprintable()
 
 
 @given(payloads)
 def test_any_bytes_belong_to_a_suite_or_are_a_peer_key_error(payload: bytes) -> None:
-    with contextlib.suppress(crypto.PeerKeyError):
+    with contextlib.suppress(PeerKeyError):
         assert crypto.suite_of(payload) in crypto.SUITES
 
 
@@ -637,7 +652,7 @@ def test_any_bytes_belong_to_a_suite_or_are_a_peer_key_error(payload: bytes) -> 
 def test_any_bytes_give_a_cipher_or_are_a_peer_key_error(payload: bytes, is_client: bool) -> None:
     ours = crypto.X25519KeyPair()
     request, response = (ours.public_key, payload) if is_client else (payload, ours.public_key)
-    with contextlib.suppress(crypto.PeerKeyError):
+    with contextlib.suppress(PeerKeyError):
         cipher = ours.agree(crypto.Transcript(NETID, request, response), is_client)
         assert len(cipher.seal(TOPIC, 0, TEXT)) == 8 + len(TEXT) + 16
 

@@ -75,9 +75,25 @@ from hypothesis import strategies as st
 
 import crypto
 import secure_mqtt_client as program
+from background import supervise
+from keys import (
+    BIT_STRING,
+    DH_KEY_AGREEMENT,
+    INTEGER,
+    OBJECT_IDENTIFIER,
+    SEQUENCE,
+    PeerKeyError,
+    from_der,
+    read_group,
+    read_public_key,
+    to_der,
+    to_pem,
+)
+from mqtt import ACTIONS, MAX_IN_FLIGHT, Connection
+from settings import ProgramError
 
 REQUEST = ["alice", "uppercase", MESSAGE]
-P, G = crypto.read_group()
+P, G = read_group()
 MIB = 1 << 20
 
 
@@ -232,33 +248,33 @@ def test_a_recording_of_an_earlier_run_is_no_answer() -> None:
 
 # --- false public keys -------------------------------------------------------------------------
 
-DH = (crypto.OBJECT_IDENTIFIER, crypto.DH_KEY_AGREEMENT)
+DH = (OBJECT_IDENTIFIER, DH_KEY_AGREEMENT)
 Y = crypto.DhKeyPair(3**240).public_value
 
 
 def pem(der: bytes) -> bytes:
     """Return DER as a public key."""
-    return crypto.to_pem(b"PUBLIC KEY", der)
+    return to_pem(b"PUBLIC KEY", der)
 
 
 def key(
     y: object = Y, p: object = P, g: object = G, *more: object, identifier: object = DH
 ) -> bytes:
     """Return a public key with these numbers; (tag, content) stands for any other encoding."""
-    bits = (crypto.BIT_STRING, b"\0" + crypto.to_der(y))
-    return crypto.to_der([[identifier, [p, g, *more]], bits])
+    bits = (BIT_STRING, b"\0" + to_der(y))
+    return to_der([[identifier, [p, g, *more]], bits])
 
 
 def padded(number: int) -> tuple[int, bytes]:
     """Return an INTEGER with a zero byte too many."""
-    return crypto.INTEGER, bytes(2) + number.to_bytes(512, "big")
+    return INTEGER, bytes(2) + number.to_bytes(512, "big")
 
 
 def nested(depth: int) -> bytes:
     """Return SEQUENCEs within each other."""
     der = b""
     for _ in range(depth):
-        der = crypto.to_der((crypto.SEQUENCE, der))
+        der = to_der((SEQUENCE, der))
     return der
 
 
@@ -316,7 +332,7 @@ FALSE_KEYS: Mapping[str, tuple[bytes, str]] = {
     "a certificate": (certificate(), "PEM block"),
     "a private key": (crypto.DhKeyPair().private_key, "PEM block"),
     "the group without a key": (
-        crypto.to_pem(b"DH PARAMETERS", crypto.to_der([P, G])),
+        to_pem(b"DH PARAMETERS", to_der([P, G])),
         "PEM block",
     ),
     "a certificate before the key": (certificate() + VALID, "PEM block"),
@@ -328,16 +344,16 @@ FALSE_KEYS: Mapping[str, tuple[bytes, str]] = {
     "a length of 2 ^ 1016": (pem(b"\x30\xff" + b"\xff" * 127), "DER"),
     "y with a zero byte too many": (pem(key(padded(Y))), "DER"),
     "p with a zero byte too many": (pem(key(Y, padded(P))), "DER"),
-    "an integer of no bytes": (pem(key((crypto.INTEGER, b""))), "DER"),
-    "a bit string of no bytes": (pem(crypto.to_der([[DH, [P, G]], (3, b"")])), "key"),
+    "an integer of no bytes": (pem(key((INTEGER, b""))), "DER"),
+    "a bit string of no bytes": (pem(to_der([[DH, [P, G]], (3, b"")])), "key"),
     "unused bits in the bit string": (
-        pem(crypto.to_der([[DH, [P, G]], (3, b"\7" + crypto.to_der(Y))])),
+        pem(to_der([[DH, [P, G]], (3, b"\7" + to_der(Y))])),
         "key",
     ),
     "600 sequences in each other": (pem(nested(600)), "key"),
     "990 sequences in each other": (pem(nested(990)), "key"),
     "10,000 sequences in each other": (pem(nested(10_000)), "key"),
-    "23,000 values in a sequence": (pem(crypto.to_der((0x30, b"\5\0" * 23_000))), "key"),
+    "23,000 values in a sequence": (pem(to_der((0x30, b"\5\0" * 23_000))), "key"),
     "nothing": (b"", "PEM"),
     "a token": (crypto.encrypt("hello", bytes(32)), "PEM"),
     "DER instead of PEM": (key(), "PEM"),
@@ -364,9 +380,7 @@ ODD_KEYS: Mapping[str, Callable[[bytes], bytes]] = {
     "no newline at the end": bytes.rstrip,
     "text before and after the block": lambda pem: b"Hello,\nhere is my key.\n" + pem + b"\nBye!\n",
     "other blocks after it": lambda pem: pem + certificate() + pem,
-    "a privateValueLength": lambda pem: crypto.to_pem(
-        b"PUBLIC KEY", key(crypto.read_public_key(pem), P, G, 384)
-    ),
+    "a privateValueLength": lambda pem: to_pem(b"PUBLIC KEY", key(read_public_key(pem), P, G, 384)),
     "64 KiB": lambda pem: pem + b"\n" * (65536 - len(pem)),
 }
 
@@ -1049,7 +1063,7 @@ def test_an_answer_that_the_broker_will_not_take_is_not_sent_for_ever(
 def test_an_answer_larger_than_mqtt_allows_is_not_sent_and_does_no_harm() -> None:
     with listening(lambda wire: None) as port:
         settings = program.parse_settings(["-h", "127.0.0.1", "-p", str(port), *REQUEST])
-        connection = program.Connection(settings)
+        connection = Connection(settings)
         assert not connection.publish("alice/uppercase/response", bytes(hostile.MAX_LENGTH + 1))
         assert not connection.publish("alice/uppercase/response", bytes(hostile.MAX_LENGTH - 9))
 
@@ -1096,7 +1110,7 @@ def test_a_responder_stops_though_its_broker_has_acknowledged_none_of_too_many_a
     with connected_responder(start_responder) as (responder, wire):
         client = DirectClient(wire, "alice")
         assert client.request("uppercase", MESSAGE) == ANSWER  # so its key is no longer awaited
-        for number in range(program.MAX_IN_FLIGHT + 1):
+        for number in range(MAX_IN_FLIGHT + 1):
             token = crypto.encrypt(str(number), client.key)
             client.publish("alice/uppercase/request", token)
         responder.wait_for("the broker does not take the answer")
@@ -1184,7 +1198,7 @@ def der_values() -> st.SearchStrategy[bytes]:
         st.integers(0, 255), st.binary(max_size=20)
     )  # fmt: skip
     values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4), max_leaves=12)
-    return values.map(crypto.to_der)
+    return values.map(to_der)
 
 
 der = der_values() | damaged(key()) | st.binary(max_size=300)
@@ -1196,18 +1210,18 @@ der = der_values() | damaged(key()) | st.binary(max_size=300)
 @example(nested(990))
 def test_whatever_is_taken_for_der_is_encoded_to_the_same_bytes(data: bytes) -> None:
     try:
-        value = crypto.from_der(data)
+        value = from_der(data)
     except ValueError:
         return
-    assert crypto.to_der(value) == data
+    assert to_der(value) == data
 
 
 @fuzz
 @given(der.map(pem) | damaged(VALID) | st.binary(max_size=300))
 def test_any_bytes_are_a_public_key_or_a_peer_key_error(data: bytes) -> None:
     try:
-        value = crypto.read_public_key(data)
-    except crypto.PeerKeyError:
+        value = read_public_key(data)
+    except PeerKeyError:
         return
     assert 2 <= value <= P - 2
 
@@ -1232,7 +1246,7 @@ def test_any_request_is_answered_or_refused(
 ) -> None:
     @fuzz
     @given(
-        st.sampled_from([*program.ACTIONS, "key-exchange", ""]) | st.text(),
+        st.sampled_from([*ACTIONS, "key-exchange", ""]) | st.text(),
         st.binary(max_size=200) | st.text(max_size=50).map(str.encode),
         st.booleans(),
     )
@@ -1240,7 +1254,7 @@ def test_any_request_is_answered_or_refused(
         payload = crypto.encrypt(data, alice.key) if is_encrypted else data
         alice.publish(f"alice/{action}/request", payload)
         assert honest.request("uppercase", MESSAGE) == ANSWER
-        is_answered = is_encrypted and action in program.ACTIONS and is_utf8(data)
+        is_answered = is_encrypted and action in ACTIONS and is_utf8(data)
         assert len(honest.others) == is_answered
         for answer in honest.others:
             assert answer.topic == f"alice/{action}/response"
@@ -1291,9 +1305,7 @@ def test_any_bytes_from_the_broker_at_any_stage_end_in_an_error(stage: str, stre
     with hostile_broker({stage: lambda c: c.send(stream).close()}) as (port, _):
         where = ["-h", "127.0.0.1", "-p", str(port), "-W", "1.5"]
         line = program.parse_settings([*where, *REQUEST])
-        mqtt, exchange = program.Connection(line), crypto.Exchange("alice", "dh4096")
+        mqtt, exchange = Connection(line), crypto.Exchange("alice", "dh4096")
         end = time.monotonic() + SAFETY
-        with pytest.raises(program.ProgramError):
-            program.supervise(
-                partial(program.request, mqtt, line, exchange, MESSAGE.encode()), lambda: end
-            )
+        with pytest.raises(ProgramError):
+            supervise(partial(program.request, mqtt, line, exchange, MESSAGE.encode()), lambda: end)

@@ -22,6 +22,7 @@ from conftest import (
 )
 
 import crypto
+from keys import to_pem
 
 Start = Callable[..., ResponderProcess]
 Connect = Callable[..., Peer]
@@ -126,7 +127,7 @@ def nested_key() -> bytes:
             + (bytes([length]) if length < 128 else b"\x82" + length.to_bytes(2, "big"))
             + der
         )
-    return crypto.to_pem(b"PUBLIC KEY", der)
+    return to_pem(b"PUBLIC KEY", der)
 
 
 FOREIGN = crypto.encrypt("text", bytes(32))

@@ -814,7 +814,7 @@ def test_a_responder_says_that_it_cannot_use_a_file_and_goes_on_when_it_can_agai
     change_program: Callable[..., None],
 ) -> None:
     spoil, reason = SPOILED[case]
-    change_program(FIRST_DELAY=0.05)
+    change_program("mqtt", FIRST_DELAY=0.05)
     with started(own) as broker:
         responder = start_responder(*certificate(broker, "responder"))
         spoil(own, strangers)
@@ -862,8 +862,8 @@ def test_the_readmes_five_commands_lead_from_nothing_to_a_request_with_mutual_tl
     text = section("With TLS: from nothing to a mutual-TLS request in five commands")
     commands = re.findall(r"(?m)^```sh\n(.*)\n```$", text)
     [answer] = re.findall(r"(?m)^```text\n(.*)\n```$", text)
-    for name in "secure_mqtt_client.py", "crypto.py", "dhparam4096.pem", "requirements.txt":
-        shutil.copy(ROOT / name, tmp_path)
+    for file in *ROOT.glob("*.py"), ROOT / "dhparam4096.pem", ROOT / "requirements.txt":
+        shutil.copy(file, tmp_path)
     shutil.copytree(ROOT / "broker", tmp_path / "broker")
     ports = free_ports()
     # What is installed here stands in for the network: pip finds nothing missing.

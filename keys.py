@@ -1,0 +1,228 @@
+"""Keys: which are accepted, and how they are written in PEM and DER.
+
+Knows the lab's group, and reads its file. Nothing here needs cryptography, whose import takes time.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+# The course's group. Its p is a safe prime: there are no small subgroups to be led into.
+GROUP_FILE = "dhparam4096.pem"
+# SHA-256 of the DER in that file; a text tool may change its line ends, nothing may change this.
+GROUP_SHA256 = "ec16cebd23c68f52dec6f8ccbf5567cf954a6efb000560251917f5634011912f"
+MAX_KEY_FILE_SIZE = 64 * 1024  # bytes; ten certificates fit, and larger ones are refused unread
+DH_KEY_AGREEMENT = bytes.fromhex("2a864886f70d010301")  # OID 1.2.840.113549.1.3.1 (PKCS #3)
+PUBLIC_KEY, PRIVATE_KEY, CERTIFICATE = b"PUBLIC KEY", b"PRIVATE KEY", b"CERTIFICATE"  # PEM labels
+INTEGER, BIT_STRING, OCTET_STRING, OBJECT_IDENTIFIER, SEQUENCE = 0x02, 0x03, 0x04, 0x06, 0x30
+UTC_TIME = 0x17
+PEM_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----([A-Za-z0-9+/=\s]*)-----END \1-----")
+
+
+class CryptoError(ValueError):
+    """The base of the errors in keys and messages. Their text holds no key and no plaintext."""
+
+
+class KeyFileError(CryptoError):
+    """A file of our own cannot be used: the group, a private key, a certificate."""
+
+
+class PeerKeyError(CryptoError):
+    """What a peer sent is no key exchange that can be accepted."""
+
+
+def digest(data: bytes) -> bytes:
+    """Return the SHA-256 of some bytes."""
+    import hashlib
+
+    return hashlib.sha256(data).digest()
+
+
+class Group(NamedTuple):
+    """A Diffie-Hellman group: the prime p and the generator g."""
+
+    p: int
+    g: int
+
+
+@functools.cache
+def read_group(param_file: str = GROUP_FILE) -> Group:
+    """Read the lab's group from its file, as generate_keyset does."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), param_file)
+    try:
+        with open(path, "rb") as file:
+            der = from_pem(b"DH PARAMETERS", file.read(MAX_KEY_FILE_SIZE))
+    except OSError as error:
+        raise KeyFileError(f"cannot read the group in {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise KeyFileError(f"{path} does not hold the lab's group: {error}") from None
+    if digest(der).hex() != GROUP_SHA256:
+        raise KeyFileError(f"{path} does not hold the lab's group, but another")
+    return Group(*from_der(der))
+
+
+def public_key_der(payload: bytes) -> bytes:
+    """Return the SubjectPublicKeyInfo (DER) that a key-exchange payload begins with.
+
+    :raises PeerKeyError: it begins with anything else, or is larger than MAX_KEY_FILE_SIZE
+    """
+    if len(payload) > MAX_KEY_FILE_SIZE:
+        raise PeerKeyError("no valid public key: larger than 64 KiB")
+    try:
+        return from_pem(PUBLIC_KEY, payload)
+    except ValueError as error:
+        raise PeerKeyError(f"no valid public key: {error}") from None
+
+
+def read_public_key(payload: bytes) -> int:
+    """Return the public value, 2 to p - 2, in a key-exchange payload of dh4096.
+
+    :raises PeerKeyError: there is none
+    """
+    der = public_key_der(payload)
+    try:
+        match from_der(der):
+            case [algorithm, (tag, bytes(bits))] if tag == BIT_STRING and bits[:1] == b"\x00":
+                _check_algorithm(algorithm)
+                value = from_der(bits[1:])
+            case _:
+                raise ValueError("not a SubjectPublicKeyInfo")
+        if not isinstance(value, int) or not 2 <= value <= read_group().p - 2:
+            raise ValueError("a public value out of range")
+    except ValueError as error:
+        raise PeerKeyError(f"no valid public key: {error}") from None
+    return value
+
+
+def read_private_key(pem: bytes) -> int:
+    """Return the exponent of a private key of our own (PEM, PKCS #8, not encrypted).
+
+    :raises KeyFileError: it is anything else
+    """
+    try:
+        match from_der(from_pem(PRIVATE_KEY, pem)):
+            case [0, algorithm, (tag, bytes(octets))] if tag == OCTET_STRING:
+                _check_algorithm(algorithm)
+                exponent = from_der(octets)
+            case _:
+                raise ValueError("not PKCS #8")
+        if not isinstance(exponent, int) or not 1 <= exponent < read_group().p:
+            raise ValueError("an exponent out of range")
+    except ValueError as error:
+        raise KeyFileError(f"no valid private key: {error}") from None
+    return exponent
+
+
+def private_key_pem(exponent: int) -> bytes:
+    """Return a private exponent as PEM: PKCS #8 (RFC 5208), not encrypted."""
+    return to_pem(PRIVATE_KEY, to_der([0, _algorithm(), (OCTET_STRING, to_der(exponent))]))
+
+
+def public_key_pem(value: int) -> bytes:
+    """Return a public value as PEM, SubjectPublicKeyInfo (RFC 5280, 4.1)."""
+    bits = (BIT_STRING, b"\x00" + to_der(value))  # after the number of unused bits
+    return to_pem(PUBLIC_KEY, to_der([_algorithm(), bits]))
+
+
+def _algorithm() -> list[Any]:
+    return [(OBJECT_IDENTIFIER, DH_KEY_AGREEMENT), [*read_group()]]
+
+
+def _check_algorithm(algorithm: Any) -> None:
+    match algorithm:
+        case [identifier, [int(p), int(g)] | [int(p), int(g), int()]]:  # with privateValueLength
+            if identifier != (OBJECT_IDENTIFIER, DH_KEY_AGREEMENT):
+                raise ValueError("a key of another type")
+            if Group(p, g) != read_group():
+                raise ValueError("a key of another group")
+        case _:
+            raise ValueError("a key of another type")
+
+
+def to_pem(label: bytes, der: bytes) -> bytes:
+    """Return DER as a PEM block (RFC 7468)."""
+    text = base64.b64encode(der)
+    lines = [text[start : start + 64] for start in range(0, len(text), 64)]
+    return b"\n".join((b"-----BEGIN %b-----" % label, *lines, b"-----END %b-----\n" % label))
+
+
+def from_pem(label: bytes, pem: bytes) -> bytes:
+    """Return the content of the first PEM block; ValueError if it has another label."""
+    for found, content in pem_blocks(pem):
+        if found != label:
+            raise ValueError(f"not a PEM block {label.decode()!r}")
+        return content
+    raise ValueError("not in PEM")
+
+
+def pem_blocks(pem: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield label and content of each PEM block; ValueError if one is not in base64."""
+    for block in PEM_BLOCK.finditer(pem):
+        text = b"".join(block[2].split())
+        content = base64.b64decode(text, validate=True)
+        if base64.b64encode(content) != text:  # the last character has spare bits
+            raise ValueError("not in PEM")
+        yield block[1], content
+
+
+# DER (X.690): int is an INTEGER, list a SEQUENCE, (tag, content) anything else. By hand, because
+# cryptography's ASN.1 module with its OIDs adds half as much again to the imports of a request.
+
+
+def to_der(value: Any) -> bytes:
+    """Encode a value."""
+    match value:
+        case int():
+            size = value.bit_length() // 8 + 1
+            tag, content = INTEGER, value.to_bytes(size, "big", signed=True)
+        case list():
+            tag, content = SEQUENCE, b"".join(map(to_der, value))
+        case _:
+            tag, content = value
+    if len(content) < 0x80:
+        return bytes((tag, len(content))) + content
+    size = (len(content).bit_length() + 7) // 8
+    return bytes((tag, 0x80 | size)) + len(content).to_bytes(size, "big") + content
+
+
+def from_der(der: bytes) -> Any:
+    """Decode one value, strictly; ValueError if that is not possible."""
+    with contextlib.suppress(ValueError, IndexError, RecursionError):
+        [value] = _decode(der)
+        if to_der(value) == der:  # there is one encoding only of each value
+            return value
+    raise ValueError("not in DER")
+
+
+def _decode(data: bytes) -> list[Any]:
+    values: list[Any] = []
+    while data:
+        tag, size, start = data[0], data[1], 2
+        if size & 0x80:
+            start += size & 0x7F
+            size = int.from_bytes(data[2:start], "big")
+        content, data = data[start : start + size], data[start + size :]
+        if tag == SEQUENCE:
+            values.append(_decode(content))
+        else:
+            values.append(
+                int.from_bytes(content, "big", signed=True) if tag == INTEGER else (tag, content)
+            )
+    return values
+
+
+def has_expired(certificate: bytes) -> bool:
+    """Tell whether the notAfter (RFC 5280, 4.1.2.5) of a certificate (PEM) has passed."""
+    begin = certificate.index(b"-----BEGIN CERTIFICATE-----")  # a key may come first
+    [tbs_certificate, *_] = from_der(from_pem(CERTIFICATE, certificate[begin:]))
+    [_, _, _, _, [_, (tag, not_after)], *_] = tbs_certificate  # after version, …, issuer
+    if tag == UTC_TIME:  # YYMMDDHHMMSSZ, of 1950 to 2049
+        not_after = (b"19" if not_after >= b"50" else b"20") + not_after
+    return bool(not_after.decode() < time.strftime("%Y%m%d%H%M%SZ", time.gmtime()))

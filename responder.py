@@ -1,0 +1,467 @@
+"""The responder, and the broker that --local runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import select
+import socket
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from background import Worker, WorkerError
+from crypto import (
+    SUITES,
+    Cipher,
+    DhKeyPair,
+    KeyPair,
+    TokenError,
+    Transcript,
+    X25519KeyPair,
+    load_ciphers,
+    suite_of,
+)
+from keys import CryptoError, digest, read_group
+from mqtt import (
+    KEY_EXCHANGE,
+    LOOP_INTERVAL,
+    NETID,
+    REQUEST,
+    RESPONSE,
+    Connection,
+    Message,
+    UnusableError,
+    backoff,
+    is_utf8,
+    random_id,
+)
+from settings import ProgramError, Settings, log, peer_security
+
+# What goes beyond a bound is dropped, with a warning.
+MAX_NETIDS = 10_000  # the least recently used is forgotten first
+KEYS_PER_NETID = 8  # so many clients can use a NetID at the same time
+KEY_LIFETIME = 60.0  # seconds without use until a key is forgotten that has a successor
+MAX_KNOWN_TOKENS = 200  # of a key
+MAX_WAITING = 1_000  # NetIDs whose key exchanges wait for their turn
+KEY_PAIR_STOCK = 32  # made ahead, so that this many clients can come at once
+REPORT_INTERVAL = 1.0  # seconds between warnings of what was dropped
+STATUS_INTERVAL = 30.0  # seconds
+OFFLINE = b'{"status": "offline"}'
+DRAINING_TIME = 5.0  # seconds to finish what is being answered when told to stop
+
+
+def shuffle(text: str) -> str:
+    """Return the characters in random order."""
+    return "".join(random.sample(text, len(text)))
+
+
+def drop_and_double(text: str) -> str:
+    """Return the characters, each of them dropped, kept or doubled at random."""
+    return "".join(character * random.randint(0, 2) for character in text)
+
+
+TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
+    "uppercase": str.upper,
+    "lowercase": str.lower,
+    "title-case": str.title,
+    "reverse": lambda text: text[::-1],
+    "shuffle": shuffle,
+    "random": drop_and_double,
+}
+
+
+class Calculator:
+    """What a Worker does for a responder, in the suite dh4096."""
+
+    def __init__(self) -> None:
+        load_ciphers("dh4096")
+
+    def make_key_pair(self) -> tuple[None, DhKeyPair]:
+        """Return a new key pair."""
+        return None, DhKeyPair()
+
+    def agree(self, key_pair: DhKeyPair, transcript: Transcript) -> tuple[Cipher, DhKeyPair]:
+        """Return the cipher of an exchange, and a new key pair for the next one."""
+        return key_pair.agree(transcript, is_client=False), DhKeyPair()
+
+
+class Incoming(NamedTuple):
+    """A key exchange or request."""
+
+    netid: str
+    action: str
+    payload: bytes
+    arrived: float  # of time.monotonic()
+
+
+class Key:
+    """A key that some client of a NetID has."""
+
+    __slots__ = ("_known", "_number", "cipher", "used")
+
+    def __init__(self, cipher: Cipher) -> None:
+        """Take the cipher of an exchange."""
+        self.cipher = cipher
+        self.used = time.monotonic()
+        self._number = -1  # of the last request, if the suite knows such
+        self._known: deque[bytes] = deque(maxlen=MAX_KNOWN_TOKENS)  # digests
+
+    def open(self, topic: str, message: bytes) -> tuple[int | None, bytes]:
+        """Return a request's number and plaintext. CryptoError if it is unusable.
+
+        Each is opened once, and no response is. Else a broker that sends it again had another
+        answer, which a client of the lab's protocol would take for that to its next request.
+        """
+        number, text = self.cipher.open(topic, message)
+        if number is None:
+            message_digest = digest(message)
+            is_known = message_digest in self._known
+            self._known.append(message_digest)
+        else:
+            is_known = number <= self._number
+            self._number = max(number, self._number)
+        if is_known:
+            raise UnusableError("out of order, or here before")
+        self.used = time.monotonic()
+        return number, text
+
+    def seal(self, topic: str, number: int | None, text: bytes) -> bytes:
+        """Return the response to a request of that number."""
+        message = self.cipher.seal(topic, number or 0, text)
+        if number is None:
+            self._known.append(digest(message))
+        return message
+
+
+class Keys:
+    """What the responder keeps of one NetID."""
+
+    __slots__ = ("coming", "live", "parked")
+
+    def __init__(self) -> None:
+        self.live: list[Key] = []  # newest first
+        self.coming = 0  # those being computed
+        self.parked: list[Incoming] = []  # requests that may be for one of those
+
+    def add(self, cipher: Cipher) -> None:
+        """Take a new key, and forget old ones."""
+        in_use = time.monotonic() - KEY_LIFETIME
+        self.live = [Key(cipher), *(key for key in self.live if key.used > in_use)]
+        del self.live[KEYS_PER_NETID:]
+
+    def open(self, topic: str, message: bytes) -> tuple[Key, int | None, bytes]:
+        """Return a request's plaintext, after the key that opens it and its number.
+
+        :raises UnusableError: no key opens it, or it was here before
+        """
+        for key in self.live:
+            with contextlib.suppress(TokenError):
+                return key, *key.open(topic, message)
+        raise UnusableError("not encrypted with a key of this NetID")
+
+
+class Responder:
+    """Answers key exchanges and requests.
+
+    All of it happens in run(), one after the other. Only powers are left to other processes, since
+    they would keep everything else waiting.
+    """
+
+    def __init__(self, settings: Settings, on_ready: Callable[[], None]) -> None:
+        """Prepare a responder; to be done before there are threads.
+
+        :param on_ready: called after each subscription
+        """
+        read_group()
+        self._identity, self._authority = peer_security(settings)
+        self._settings = settings
+        self._on_ready = on_ready
+        # One more than processors, so that none is without work while this process is busy.
+        self._idle = [Worker(Calculator) for _ in range(1 + (os.cpu_count() or 1))]
+        self._busy: dict[Worker, Keys | None] = {}  # whose key it computes
+        self._key_pairs: deque[DhKeyPair] = deque()
+        for suite in SUITES:
+            load_ciphers(suite)
+        self._mqtt: Connection
+        self._stopping, self._stop = socket.socketpair()
+        self._is_stopped = self._is_connected = False
+        self._end = float("inf")
+        self._netids: OrderedDict[str, Keys] = OrderedDict()  # least recently used first
+        self._waiting: OrderedDict[str, deque[Incoming]] = OrderedDict()  # exchanges by NetID
+        self._counts = {"exchanges": 0, "requests": 0, "failures": 0}
+        self._started = time.monotonic()
+        self._status_at = float("inf")  # not before the first subscription
+        self._dropped = 0  # messages, not reported yet
+        self._report_at = 0.0  # of time.monotonic()
+
+    def run(self) -> None:
+        """Answer until stop() is called; connect again whenever the connection is lost.
+
+        :raises ProgramError: the broker refuses for good, or a process was lost
+        """
+        topic = self._settings.status_topic
+        delays = backoff()
+        while not self._is_stopped:
+            try:
+                self._identity, self._authority = peer_security(self._settings)
+                self._mqtt = Connection(self._settings, (topic, OFFLINE) if topic else None)
+                with self._mqtt:
+                    self._mqtt.connect()
+                    delays = backoff()
+                    self._serve()
+            except WorkerError:
+                hint = "start the responder again; the machine may be short of memory"
+                raise ProgramError("a process of the responder was ended", hint) from None
+            except ProgramError as error:
+                if error.is_final:
+                    raise
+                log().warning("disconnected reason=%r", str(error))
+            self._is_connected = False
+            if not self._is_stopped:
+                select.select([self._stopping], [], [], next(delays))
+
+    def stop(self) -> None:
+        """Make run() finish what is being answered and return; safe in a signal handler."""
+        self._is_stopped = True
+        self._end = time.monotonic() + (DRAINING_TIME if self._is_connected else 0)
+        self._stop.close()  # wakes who waits for the other end
+
+    def end(self) -> float:
+        """Return when it is to be left as it is, of time.monotonic()."""
+        return self._end
+
+    def _serve(self) -> None:
+        settings = self._settings
+        self._mqtt.subscribe(REQUEST.format(settings.netid or "+", "+"))
+        self._is_connected = True
+        self._status_at = time.monotonic() if settings.status_topic else float("inf")
+        self._on_ready()
+        while not self._is_stopped:
+            self._go_on(self._stopping)
+        while self._waiting or any(self._busy.values()):
+            self._go_on()
+        if settings.status_topic:
+            self._mqtt.publish(settings.status_topic, OFFLINE, retain=True)
+        self._mqtt.flush()
+
+    def _go_on(self, *others: Any) -> None:
+        """Do what there is to do now, or comes in the next moment."""
+        self._report_status()
+        self._give_tasks()
+        for worker in self._mqtt.wait(others=[*self._idle, *self._busy, *others]):
+            if worker not in others:
+                self._take_result(worker)
+        while self._mqtt.messages:
+            self._receive(self._mqtt.messages.popleft())
+        self._report_drops()
+
+    def _report_drops(self) -> None:
+        self._dropped, self._mqtt.dropped = self._dropped + self._mqtt.dropped, 0
+        if self._dropped and time.monotonic() >= self._report_at:
+            log().warning("dropped count=%d reason='too many at a time'", self._dropped)
+            self._dropped, self._report_at = 0, time.monotonic() + REPORT_INTERVAL
+
+    def _report_status(self) -> None:
+        now = time.monotonic()
+        if now < self._status_at:
+            return
+        import json
+
+        uptime = round(now - self._started)
+        status = {"status": "online", **self._counts, "netids": len(self._netids)}
+        payload = json.dumps({**status, "uptime_seconds": uptime}).encode()
+        self._mqtt.publish(self._settings.status_topic, payload, retain=True)
+        self._status_at = now + STATUS_INTERVAL
+
+    def _receive(self, message: Message) -> None:
+        netid, action, suffix, *_ = (*message.topic.split("/", 2), "", "")
+        request = Incoming(netid, action, message.payload, time.monotonic())
+        is_ours = NETID.fullmatch(netid) and self._settings.netid in ("", netid)
+        if is_ours and suffix == "request" and not message.is_retained:
+            self._attempt(self._exchange if action == KEY_EXCHANGE else self._answer, request)
+        else:
+            self._ignore(request, "retained, or on a topic that was not subscribed to")
+
+    def _attempt(self, action: Callable[[Incoming], None], request: Incoming) -> None:
+        """Do something for a request, and ignore it if that can't be done."""
+        try:
+            action(request)
+        except CryptoError as error:
+            self._ignore(request, str(error))
+
+    def _ignore(self, request: Incoming, reason: str) -> None:
+        self._counts["failures"] += 1
+        # A peer chose the names: they are cut and quoted.
+        names = request.netid[:64], request.action[:64]
+        log().warning("ignored netid=%r action=%r reason=%r", *names, reason)
+
+    def _publish(self, request: Incoming, payload: bytes) -> None:
+        if not self._mqtt.publish(RESPONSE.format(request.netid, request.action), payload):
+            raise UnusableError("the broker does not take the answer")
+        self._counts["exchanges" if request.action == KEY_EXCHANGE else "requests"] += 1
+        milliseconds = (time.monotonic() - request.arrived) * 1000
+        log().info(
+            "answered netid=%r action=%s ms=%.1f bytes=%d",
+            *(request.netid, request.action, milliseconds, len(request.payload)),
+        )
+
+    def _exchange(self, request: Incoming) -> None:
+        """Answer a key exchange now, or let it wait for its turn; CryptoError if it is unusable."""
+        suite = suite_of(request.payload)
+        if self._authority:
+            self._authority.verify(request.payload, request.netid, request.netid)
+        if suite == "dh4096":
+            self._enqueue(request)
+            return
+        key_pair = X25519KeyPair()
+        transcript = self._transcript(request, key_pair)
+        cipher = key_pair.agree(transcript, is_client=False)
+        self._publish(request, transcript.response)
+        self._keys(request.netid).add(cipher)
+
+    def _transcript(self, request: Incoming, key_pair: KeyPair) -> Transcript:
+        response = key_pair.public_key
+        if self._identity:
+            response = self._identity.sign(response, request.netid, request.payload)
+        return Transcript(request.netid, request.payload, response)
+
+    def _keys(self, netid: str) -> Keys:
+        """Return what is kept of a NetID, new if need be, which is now the most recently used."""
+        keys = self._netids.setdefault(netid, Keys())
+        self._netids.move_to_end(netid)
+        if len(self._netids) > MAX_NETIDS:
+            self._netids.popitem(last=False)
+        return keys
+
+    def _enqueue(self, request: Incoming) -> None:
+        """Let a key exchange wait in a short queue of its NetID, so that none delays the others."""
+        requests = self._waiting.get(request.netid, deque())
+        if len(requests) < KEYS_PER_NETID and len(self._waiting) < MAX_WAITING:
+            requests.append(request)
+            self._waiting[request.netid] = requests
+        else:
+            self._dropped += 1
+
+    def _give_tasks(self) -> None:
+        """Let idle workers go on with key exchanges, one of each NetID in turn, or make ready."""
+        while self._idle:
+            if self._waiting and self._key_pairs:
+                netid, requests = self._waiting.popitem(last=False)
+                if len(requests) > 1:
+                    self._waiting[netid] = requests
+                self._begin_exchange(requests.popleft())
+            elif len(self._key_pairs) + len(self._busy) < KEY_PAIR_STOCK:
+                self._give_task(None, "make_key_pair")
+            else:
+                break
+
+    def _give_task(self, keys: Keys | None, task: str, *arguments: Any) -> None:
+        worker = self._idle.pop()
+        worker.send(task, *arguments)
+        self._busy[worker] = keys
+
+    def _begin_exchange(self, request: Incoming) -> None:
+        key_pair = self._key_pairs.popleft()
+        transcript = self._transcript(request, key_pair)
+        self._attempt(lambda request: self._publish(request, transcript.response), request)
+        keys = self._keys(request.netid)
+        keys.coming += 1
+        self._give_task(keys, "agree", key_pair, transcript)
+
+    def _take_result(self, worker: Worker) -> None:
+        cipher, key_pair = worker.receive()
+        keys = self._busy.pop(worker)
+        self._idle.append(worker)
+        self._key_pairs.append(key_pair)
+        if keys:
+            keys.coming -= 1
+            keys.add(cipher)
+            parked, keys.parked = keys.parked, []
+            for request in parked:
+                self._attempt(self._answer, request)
+
+    def _answer(self, request: Incoming) -> None:
+        """Answer a request. CryptoError if it is unusable."""
+        if request.action not in TRANSFORMATIONS:
+            raise UnusableError("unknown action")
+        keys = self._netids.get(request.netid) or Keys()
+        names = request.netid, request.action
+        try:
+            key, number, text = keys.open(REQUEST.format(*names), request.payload)
+        except UnusableError:
+            if not keys.coming or len(keys.parked) >= KEYS_PER_NETID:
+                raise
+            keys.parked.append(request)
+            return
+        if not is_utf8(text):
+            raise UnusableError("not UTF-8 text")
+        self._netids.move_to_end(request.netid)
+        answer = TRANSFORMATIONS[request.action](text.decode()).encode()
+        self._publish(request, key.seal(RESPONSE.format(*names), number, answer))
+
+
+@contextlib.contextmanager
+def local_broker(host: str, port: int) -> Iterator[None]:
+    """Run an MQTT broker in a thread."""
+    import asyncio
+    import logging
+
+    try:
+        from amqtt.broker import Broker as AmqttBroker
+        from amqtt.errors import AMQTTError, BrokerError
+    except ImportError:
+        raise ProgramError(
+            "--local needs the package amqtt", "install it: python3 -m pip install amqtt"
+        ) from None
+    logging.getLogger("amqtt").setLevel(logging.CRITICAL + 1)  # what matters is said here
+    config = {
+        "listeners": {"default": {"type": "tcp", "bind": f"{host}:{port}"}},
+        "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+    }
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start() -> Any:
+        broker = AmqttBroker(config)
+        await broker.start()
+        return broker
+
+    try:
+        broker = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    except (AMQTTError, BrokerError) as error:
+        raise ProgramError(
+            f"the local broker cannot listen on {host} port {port}: {error}", "choose another port"
+        ) from None
+    try:
+        yield
+    finally:
+        asyncio.run_coroutine_threadsafe(broker.shutdown(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(LOOP_INTERVAL)
+
+
+@contextlib.contextmanager
+def local_services(settings: Settings) -> Iterator[None]:
+    """Run a broker and a responder for a request, and put into the settings how to reach them."""
+    settings.host = "127.0.0.1"
+    with socket.create_server((settings.host, 0)) as server:
+        settings.port = server.getsockname()[1]  # free, and soon the broker's
+    names = {"netid": settings.netid, "host": settings.host, "port": settings.port}
+    ready = threading.Event()
+    responder = Responder(
+        Settings(**names, id=random_id(), timeout=settings.timeout), on_ready=ready.set
+    )
+    with local_broker(settings.host, settings.port):
+        thread = threading.Thread(target=responder.run)
+        thread.start()
+        try:
+            ready.wait(settings.timeout)
+            yield
+        finally:
+            responder.stop()
+            thread.join()

@@ -216,64 +216,116 @@ def stages(broker: Mosquitto) -> Iterator[tuple[str, ...]]:
 LAB = b"\x00", b"\x00"  # salt and info of the lab's keys
 
 
-class LoadClients:
+class BareClient:
+    """A client by hand, since it must cost less than what it measures."""
+
+    def __init__(self, port: int, name: str, topic: str) -> None:
+        """Connect, and subscribe to a topic."""
+        self._socket = socket.create_connection(("127.0.0.1", port), SAFETY)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._rest = b""
+        self._published = 0
+        self._to_send = [connect(name)]
+        assert self._packets()[0][0] == CONNACK
+        self._to_send = [subscribe(topic)]
+        assert self._packets()[0][0] == SUBACK
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        """Publish at QoS 1, together with all else, before anything is received."""
+        self._published = self._published % 65535 + 1
+        mid = self._published.to_bytes(2, "big")
+        self._to_send.append(publish(topic, payload, QOS_1, mid))
+
+    def receive(self) -> list[tuple[bytes, bytes]]:
+        """Return topic and payload of the messages that have come, at least one packet."""
+        messages = []
+        for kind, body in self._packets():
+            if kind == PUBLISH:
+                end = 2 + int.from_bytes(body[:2], "big")
+                messages.append((body[2:end], body[end + 2 :]))
+                self._to_send.append(packet(PUBACK, body[end : end + 2]))
+        return messages
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _packets(self) -> list[tuple[int, bytes]]:
+        self._socket.sendall(b"".join(self._to_send))
+        self._to_send.clear()
+        packets: list[tuple[int, bytes]] = []
+        while not packets:
+            data = self._socket.recv(2**18)
+            assert data, "the connection was lost"
+            mqtt.acknowledge_at_once(self._socket)
+            packets, self._rest = whole_packets(self._rest + data)
+        return packets
+
+
+def whole_packets(data: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
+    """Return the packets in what was received, as kind and body, and the rest."""
+    packets: list[tuple[int, bytes]] = []
+    start = 0
+    while True:
+        size, at, digit = 0, start + 1, 128
+        while digit & 128 and at < len(data):
+            digit = data[at]
+            size |= (digit & 127) << 7 * (at - start - 1)
+            at += 1
+        if digit & 128 or at + size > len(data):
+            return packets, data[start:]
+        packets.append((data[start] >> 4, data[at : at + size]))
+        start = at + size
+
+
+class LoadClients(BareClient):
     """Clients that share one connection: each session is an exchange and one request.
 
     Their private exponent is 2, so that a session costs them one squaring.
     """
 
     def __init__(self, port: int, prefix: str) -> None:
+        super().__init__(port, prefix, "+/+/response")
         self.seconds: list[float] = []  # of each session, from key to answer
         self.wrong = 0
         self._prefix = prefix
         self._public_key = crypto.DhKeyPair(2).public_key
         self._keys: dict[str, bytes] = {}
         self._started: dict[str, float] = {}
-        self._left = 0
         self._count = 0
-        self._done = threading.Event()
-        self._client = connected(port, prefix, self._on_message, "+/+/response")
 
     def run(self, sessions: int, at_a_time: int) -> float:
         """Run sessions, so many at a time; returns the seconds that all took."""
         self.seconds.clear()
-        self._done.clear()
-        self._left = sessions
+        last = self._count + sessions
         start = time.perf_counter()
         for _ in range(min(at_a_time, sessions)):
             self._begin()
-        assert self._done.wait(10 * SAFETY), f"{len(self._started)} answers were lost"
+        while len(self.seconds) < sessions:
+            for topic, payload in self.receive():
+                netid, action, _ = topic.decode().split("/")
+                if action == KEY_EXCHANGE and netid in self._started:
+                    self._ask(netid, payload)
+                elif netid in self._started:
+                    self._check(netid, payload)
+                    if self._count < last:
+                        self._begin()
         return time.perf_counter() - start
 
-    def stop(self) -> None:
-        self._client.disconnect()
-        self._client.loop_stop()
-
     def _begin(self) -> None:
-        self._left -= 1
         self._count += 1
         netid = f"{self._prefix}{self._count}"
         self._started[netid] = time.perf_counter()
-        self._client.publish(REQUEST.format(netid, KEY_EXCHANGE), self._public_key, 1)
+        self.publish(REQUEST.format(netid, KEY_EXCHANGE), self._public_key)
 
-    def _on_message(self, client: object, userdata: object, message: paho.MQTTMessage) -> None:
-        netid, action, _ = message.topic.split("/")
-        if netid not in self._started:
-            return
-        if action == KEY_EXCHANGE:
-            # pow, as gmpy2's constant time would cost more than the squaring.
-            secret = pow(read_public_key(bytes(message.payload)), 2, read_group().p)
-            key = self._keys[netid] = crypto.derive_key(secret.to_bytes(512, "big"), 32, *LAB)
-            token = crypto.encrypt(TEXT, key)
-            self._client.publish(REQUEST.format(netid, "uppercase"), token, 1)
-            return
-        answer = crypto.decrypt(bytes(message.payload), self._keys.pop(netid))
-        self.wrong += answer != TEXT.upper()
+    def _ask(self, netid: str, public_key: bytes) -> None:
+        # pow, as gmpy2's constant time would cost more than the squaring.
+        secret = pow(read_public_key(public_key), 2, read_group().p)
+        key = self._keys[netid] = crypto.derive_key(secret.to_bytes(512, "big"), 32, *LAB)
+        self.publish(REQUEST.format(netid, "uppercase"), crypto.encrypt(TEXT, key))
+
+    def _check(self, netid: str, token: bytes) -> None:
+        self.wrong += crypto.decrypt(token, self._keys.pop(netid)) != TEXT.upper()
         self.seconds.append(time.perf_counter() - self._started.pop(netid))
-        if self._left:
-            self._begin()
-        elif not self._started:
-            self._done.set()
 
 
 def connected(port: int, name: str, on_message: Callable[..., None], topic: str) -> paho.Client:
@@ -320,7 +372,7 @@ def measure_load(broker: Mosquitto, folder: Path) -> None:
                 latencies.append((name, f"{count}", *percentiles(clients.seconds)))
             if name == "pow":
                 measure_flood(broker, clients)
-            clients.stop()
+            clients.close()
             assert responder.process.poll() is None
     table("Exchanges with one request each, per second", rows)
     table("From key to answer, while so many clients run", latencies)
@@ -400,7 +452,7 @@ def measure_memory(broker: Mosquitto, folder: Path) -> None:
             total = goal
             now = resident(responder.process.pid)
             rows.append((f"{goal}", f"{now:.1f} MB", f"{now - start:.1f} MB"))
-        clients.stop()
+        clients.close()
     table("Memory of the responder", rows)
 
 
@@ -697,11 +749,8 @@ PER_RUN = {POW: 400, GMPY2: 1_000, X25519: 6_000, ECHO_OF_BYTES: 12_000}
 SKIPPED = 100  # answers before the measurement begins: then a stock of key pairs is used up
 
 
-class ExchangeLoad:
-    """A client that publishes one payload on many topics, and takes the responses.
-
-    By hand, since it must cost less than what it measures.
-    """
+class ExchangeLoad(BareClient):
+    """A client that publishes one payload on many topics, and takes the responses."""
 
     WINDOW = 32  # publications without a response at a time
 
@@ -710,80 +759,26 @@ class ExchangeLoad:
 
         :param prefix: of the topics, in the place of a NetID; its last level gets a number
         """
+        everybody = "/".join([*prefix.split("/")[:-1], "+"])
+        super().__init__(port, f"load-{prefix}", RESPONSE.format(everybody, KEY_EXCHANGE))
         self._prefix, self._payload = prefix, payload
         self._count = 0
-        self._rest = b""
-        self._socket = socket.create_connection(("127.0.0.1", port), SAFETY)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        everybody = "/".join([*prefix.split("/")[:-1], "+"])
-        self._socket.sendall(connect(f"load-{prefix}"))
-        assert self._receive()[0][0] == CONNACK
-        self._socket.sendall(subscribe(RESPONSE.format(everybody, KEY_EXCHANGE)))
-        assert self._receive()[0][0] == SUBACK
 
     def run(self, count: int) -> tuple[float, list[bytes]]:
         """Return the responses to so many publications, after the rate per second."""
-        numbers = range(self._count, self._count + count)
-        self._count += count
-        requests = [self._request(number) for number in numbers]
+        last = self._count + count
         responses: dict[bytes, bytes] = {}
         began_with, began = 0, 0.0
-        sent = self.WINDOW
-        self._socket.sendall(b"".join(requests[:sent]))
         while len(responses) < count:
-            bodies = [body for kind, body in self._receive() if kind == PUBLISH]
-            responses.update(map(self._split, bodies))
-            to_send = requests[sent : len(responses) + self.WINDOW]
-            sent += len(to_send)
-            acknowledgements = [packet(PUBACK, self._mid(body)) for body in bodies]
-            self._socket.sendall(b"".join(acknowledgements + to_send))
+            while self._count < min(last, last - count + len(responses) + self.WINDOW):
+                self._count += 1
+                topic = REQUEST.format(f"{self._prefix}{self._count}", KEY_EXCHANGE)
+                self.publish(topic, self._payload)
+            responses.update(self.receive())
             if not began and len(responses) >= SKIPPED:
                 began_with, began = len(responses), time.perf_counter()
         rate = (count - began_with) / (time.perf_counter() - began)
         return rate, list(responses.values())
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _request(self, number: int) -> bytes:
-        topic = REQUEST.format(f"{self._prefix}{number}", KEY_EXCHANGE)
-        return publish(topic, self._payload, QOS_1, (1 + number % 65535).to_bytes(2, "big"))
-
-    def _receive(self) -> list[tuple[int, bytes]]:
-        """Return the packets that have come, at least one, as kind and body."""
-        packets: list[tuple[int, bytes]] = []
-        while not packets:
-            data = self._socket.recv(2**18)
-            assert data, "the connection was lost"
-            mqtt.acknowledge_at_once(self._socket)
-            packets, self._rest = whole_packets(self._rest + data)
-        return packets
-
-    @staticmethod
-    def _mid(body: bytes) -> bytes:
-        end = 2 + int.from_bytes(body[:2], "big")
-        return body[end : end + 2]
-
-    @staticmethod
-    def _split(body: bytes) -> tuple[bytes, bytes]:
-        end = 2 + int.from_bytes(body[:2], "big")
-        return body[2:end], body[end + 2 :]
-
-
-def whole_packets(data: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
-    """Return the packets in what was received, as kind and body, and the rest."""
-    packets: list[tuple[int, bytes]] = []
-    start = 0
-    while True:
-        size, at, digit = 0, start + 1, 128
-        while digit & 128 and at < len(data):
-            digit = data[at]
-            size |= (digit & 127) << 7 * (at - start - 1)
-            at += 1
-        if digit & 128 or at + size > len(data):
-            return packets, data[start:]
-        packets.append((data[start] >> 4, data[at : at + size]))
-        start = at + size
 
 
 def measure_exchanges(broker: Mosquitto, folder: Path) -> None:

@@ -30,6 +30,7 @@ from keys import (
     private_key_pem,
     public_key_der,
     public_key_pem,
+    public_value,
     read_group,
     read_private_key,
     read_public_key,
@@ -285,9 +286,10 @@ def suite_of(payload: bytes) -> str:
 
     :raises PeerKeyError: it belongs to none
     """
-    if public_key_der(payload)[:-32] == X25519_PREFIX:
+    der = public_key_der(payload)
+    if der[:-32] == X25519_PREFIX:
         return "x25519"
-    read_public_key(payload)
+    public_value(der)
     return "dh4096"
 
 

@@ -86,7 +86,11 @@ def read_public_key(payload: bytes) -> int:
 
     :raises PeerKeyError: there is none
     """
-    der = public_key_der(payload)
+    return public_value(public_key_der(payload))
+
+
+def public_value(der: bytes) -> int:
+    """Do as read_public_key() does, for a SubjectPublicKeyInfo."""
     try:
         match from_der(der):
             case [algorithm, (tag, bytes(bits))] if tag == BIT_STRING and bits[:1] == b"\x00":

@@ -180,8 +180,8 @@ class Responder:
         self._identity, self._authority = peer_security(settings)
         self._settings = settings
         self._on_ready = on_ready
-        # One more than processors, so that none is without work while this process is busy.
-        self._idle = [Worker(Calculator) for _ in range(1 + (os.cpu_count() or 1))]
+        # More than processors, so that none is without work while this process is busy.
+        self._idle = [Worker(Calculator) for _ in range(2 + (os.cpu_count() or 1))]
         self._busy: dict[Worker, Keys | None] = {}  # whose key it computes
         self._key_pairs: deque[DhKeyPair] = deque()
         for suite in SUITES:

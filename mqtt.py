@@ -83,9 +83,13 @@ class Connection:
         self._bytes = 0  # of the messages
         self._granted: list[int] | None = None  # QoS, or a refusal, for each topic
         self._failure: ProgramError | None = None  # why the connection has ended
+        self._unacknowledged: list[int] = []  # the packet identifiers of what came in
         self._last: paho.MQTTMessageInfo | None = None
         self._client = client = paho.Client(
-            CallbackAPIVersion.VERSION2, settings.id, reconnect_on_failure=False
+            CallbackAPIVersion.VERSION2,
+            settings.id,
+            reconnect_on_failure=False,
+            manual_ack=True,
         )
         client.max_inflight_messages_set(MAX_IN_FLIGHT)
         client.max_queued_messages_set(MAX_IN_FLIGHT)
@@ -109,6 +113,7 @@ class Connection:
     def __exit__(self, error: object, *exc_info: object) -> None:
         """Disconnect; after an error without a word, so that the broker publishes the will."""
         if error is None:
+            self._acknowledge()
             self._client.disconnect()
         elif sock := self._client.socket():
             sock.close()
@@ -183,6 +188,7 @@ class Connection:
         return readable
 
     def _step(self, seconds: float, others: Sequence[Any]) -> list[Any]:
+        self._acknowledge()
         client, sock = self._client, self._client.socket()
         if sock is None:
             raise ConnectionError("The connection was lost")
@@ -204,6 +210,12 @@ class Connection:
 
             raise ConnectionError(paho.error_string(code).rstrip("."))
         return [each for each in readable if each is not sock]
+
+    def _acknowledge(self) -> None:
+        """Acknowledge what came in; not at once, so that the answers to it are faster."""
+        for mid in self._unacknowledged:
+            self._client.ack(mid, QOS)
+        self._unacknowledged.clear()
 
     def discard(self) -> None:
         """Drop the messages that are here already."""
@@ -237,6 +249,8 @@ class Connection:
         self._granted = [code.value for code in codes]
 
     def _on_message(self, client: object, userdata: object, message: Any) -> None:
+        if message.qos:
+            self._unacknowledged.append(message.mid)
         self._bytes += len(message.payload)
         if len(self.messages) < MAX_MESSAGES and (
             self._bytes <= MAX_MESSAGE_BYTES or not self.messages

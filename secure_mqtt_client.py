@@ -153,12 +153,14 @@ T = TypeVar("T")
 # --- the client --------------------------------------------------------------------------------
 
 
-def request(mqtt: Connection, settings: Settings, exchange: crypto.Exchange, text: bytes) -> bytes:
+def request(
+    mqtt: Connection, settings: Settings, exchange: crypto.Exchange, texts: list[bytes]
+) -> bytes:
     """Send one request and return the answer, UTF-8 text.
 
     :param mqtt: a connection that was not used yet
     :param exchange: a fresh one
-    :param text: the message, UTF-8
+    :param texts: the message, UTF-8, which is taken out, so that nothing keeps it: it may be large
     :raises ProgramError: there is no answer to return
     """
     asking, answering = topics(settings)
@@ -167,7 +169,8 @@ def request(mqtt: Connection, settings: Settings, exchange: crypto.Exchange, tex
         mqtt.subscribe(RESPONSE.format(settings.netid, KEY_EXCHANGE), answering)
         exchange_keys(mqtt, settings, exchange)
         read = partial(exchange.open, answering)
-        _, answer = call(mqtt, settings, settings.action, exchange.seal(asking, text), read)
+        seal = partial(exchange.seal, asking)
+        _, answer = call(mqtt, settings, settings.action, seal(texts.pop()), read)
     if not is_utf8(answer):
         raise ProgramError("the response is not UTF-8 text", "the responder breaks the protocol")
     return answer
@@ -771,12 +774,12 @@ def run_request(settings: Settings) -> None:
     # A child computes while this process imports paho and connects. Before there are threads.
     exchange = Worker(partial(crypto.Exchange, *exchange_settings(settings)))
     with services(settings):
-        text = read_message(settings)
+        texts = [read_message(settings)]
         mqtt = Connection(settings)
         end = time.monotonic() + settings.timeout
         try:
             with notice(mqtt):
-                run = partial(request, mqtt, settings, cast("crypto.Exchange", exchange), text)
+                run = partial(request, mqtt, settings, cast("crypto.Exchange", exchange), texts)
                 answer = supervise(run, lambda: end)
         except TimeoutError:
             raise timed_out(mqtt, settings) from None

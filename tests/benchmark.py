@@ -597,7 +597,7 @@ def with_peak_memory(arguments: list[str], message: bytes, answer: bytes) -> tup
             peak, pause = 0.0, threading.Event()
             while process.poll() is None:
                 peak = max(peak, sum(map(proportional, (process.pid, *children(process.pid)))))
-                pause.wait(0.01)
+                pause.wait(0.001)
         seconds = time.perf_counter() - start
         stdout.seek(0)
         assert stdout.read() == answer

@@ -1308,4 +1308,6 @@ def test_any_bytes_from_the_broker_at_any_stage_end_in_an_error(stage: str, stre
         mqtt, exchange = Connection(line), crypto.Exchange("alice", "dh4096")
         end = time.monotonic() + SAFETY
         with pytest.raises(ProgramError):
-            supervise(partial(program.request, mqtt, line, exchange, MESSAGE.encode()), lambda: end)
+            supervise(
+                partial(program.request, mqtt, line, exchange, [MESSAGE.encode()]), lambda: end
+            )

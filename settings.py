@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -20,6 +21,7 @@ PROGRAM = "secure_mqtt_client.py"
 T = TypeVar("T")
 
 
+@functools.cache
 def log() -> logging.Logger:
     """Return the program's logger."""
     import logging

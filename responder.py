@@ -45,13 +45,16 @@ from settings import ProgramError, Settings, log, peer_security
 MAX_NETIDS = 10_000  # the least recently used is forgotten first
 KEYS_PER_NETID = 8  # so many clients can use a NetID at the same time
 KEY_LIFETIME = 60.0  # seconds without use until a key is forgotten that has a successor
-MAX_KNOWN_TOKENS = 200  # of a key
+MAX_KNOWN_TOKENS = 200  # of a key: the requests until our client renews it, and the responses
 MAX_WAITING = 1_000  # NetIDs whose key exchanges wait for their turn
 KEY_PAIR_STOCK = 32  # made ahead, so that this many clients can come at once
 REPORT_INTERVAL = 1.0  # seconds between warnings of what was dropped
 STATUS_INTERVAL = 30.0  # seconds
 OFFLINE = b'{"status": "offline"}'
 DRAINING_TIME = 5.0  # seconds to finish what is being answered when told to stop
+
+
+# --- text actions ------------------------------------------------------------------------------
 
 
 def shuffle(text: str) -> str:
@@ -74,19 +77,7 @@ TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
 }
 
 
-class Calculator:
-    """What a Worker does for a responder, in the suite dh4096."""
-
-    def __init__(self) -> None:
-        load_ciphers("dh4096")
-
-    def make_key_pair(self) -> tuple[None, DhKeyPair]:
-        """Return a new key pair."""
-        return None, DhKeyPair()
-
-    def agree(self, key_pair: DhKeyPair, transcript: Transcript) -> tuple[Cipher, DhKeyPair]:
-        """Return the cipher of an exchange, and a new key pair for the next one."""
-        return key_pair.agree(transcript, is_client=False), DhKeyPair()
+# --- what is kept of a NetID -------------------------------------------------------------------
 
 
 class Incoming(NamedTuple):
@@ -162,6 +153,24 @@ class Keys:
             with contextlib.suppress(TokenError):
                 return key, *key.open(topic, message)
         raise UnusableError("not encrypted with a key of this NetID")
+
+
+# --- the responder -----------------------------------------------------------------------------
+
+
+class Calculator:
+    """What a Worker does for a responder, in the suite dh4096."""
+
+    def __init__(self) -> None:
+        load_ciphers("dh4096")
+
+    def make_key_pair(self) -> tuple[None, DhKeyPair]:
+        """Return a new key pair."""
+        return None, DhKeyPair()
+
+    def agree(self, key_pair: DhKeyPair, transcript: Transcript) -> tuple[Cipher, DhKeyPair]:
+        """Return the cipher of an exchange, and a new key pair for the next one."""
+        return key_pair.agree(transcript, is_client=False), DhKeyPair()
 
 
 class Responder:
@@ -402,6 +411,9 @@ class Responder:
         self._netids.move_to_end(request.netid)
         answer = TRANSFORMATIONS[request.action](text.decode()).encode()
         self._publish(request, key.seal(RESPONSE.format(*names), number, answer))
+
+
+# --- the local broker --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -219,9 +219,10 @@ class Connection:
 
     def discard(self) -> None:
         """Drop the messages that are here already."""
+        self.messages.clear()
         while (sock := self._client.socket()) and select.select([sock], [], [], 0)[0]:
             self.wait(0)
-        self.messages.clear()
+            self.messages.clear()
 
     def _on_socket_open(self, client: object, userdata: object, sock: Any) -> None:
         self.stage = CONNACK

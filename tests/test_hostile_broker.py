@@ -546,6 +546,14 @@ ATTACKS: Mapping[str, tuple[Script, str]] = {
         {"exchange": lambda c: c.give_key(None, QOS_2)},
         "QoS 2",
     ),
+    "delivers at QoS 1 and 2 in turn, before it is asked": (
+        {
+            "subscribe": lambda c: c.grant(1, 1).send(
+                *[publish(KEY_TOPIC, VALID), publish(KEY_TOPIC, VALID, QOS_2)] * 40
+            )
+        },
+        "QoS 2",
+    ),
     "delivers at QoS 2 and never releases": (
         {"request": lambda c: c.flood(publish(TOPIC, b"A" * MIB, QOS_2))},
         "QoS 2",

@@ -104,19 +104,16 @@ def _work(make: Callable[[], object], channel: socket.socket) -> None:
     make = functools.cache(make)
     with contextlib.suppress(CryptoError, ImportError):  # it comes again when the parent asks
         make()
-    with channel.makefile("rwb") as file:
-        while _answer_once(make, file):
-            pass
+    with channel.makefile("rwb") as file, contextlib.suppress(EOFError):
+        while True:
+            _answer_once(make, file)
 
 
-def _answer_once(make: Callable[[], object], file: io.BufferedRWPair) -> bool:
+def _answer_once(make: Callable[[], object], file: io.BufferedRWPair) -> None:
     """Do one thing for the parent, and keep nothing of it: a message may be large."""
     import pickle
 
-    try:
-        method, arguments = pickle.load(file)  # noqa: S301 - it comes from our own parent
-    except EOFError:
-        return False
+    method, arguments = pickle.load(file)  # noqa: S301 - it comes from our own parent
     result = error = None
     try:
         result = getattr(make(), method)(*arguments)
@@ -124,7 +121,6 @@ def _answer_once(make: Callable[[], object], file: io.BufferedRWPair) -> bool:
         error = caught
     pickle.dump((result, error), file)
     file.flush()
-    return True
 
 
 def supervise(run: Callable[[], T], end: Callable[[], float]) -> T:

@@ -19,6 +19,7 @@ GROUP_FILE = "dhparam4096.pem"
 # SHA-256 of the DER in that file; a text tool may change its line ends, nothing may change this.
 GROUP_SHA256 = "ec16cebd23c68f52dec6f8ccbf5567cf954a6efb000560251917f5634011912f"
 MAX_KEY_FILE_SIZE = 64 * 1024  # bytes; ten certificates fit, and larger ones are refused unread
+MAX_PUBLIC_KEY_SIZE = 8192  # bytes of DER; the lab's have less than 1,100
 DH_KEY_AGREEMENT = bytes.fromhex("2a864886f70d010301")  # OID 1.2.840.113549.1.3.1 (PKCS #3)
 PUBLIC_KEY, PRIVATE_KEY, CERTIFICATE = b"PUBLIC KEY", b"PRIVATE KEY", b"CERTIFICATE"  # PEM labels
 INTEGER, BIT_STRING, OCTET_STRING, OBJECT_IDENTIFIER, SEQUENCE = 0x02, 0x03, 0x04, 0x06, 0x30
@@ -92,6 +93,8 @@ def read_public_key(payload: bytes) -> int:
 def public_value(der: bytes) -> int:
     """Do as read_public_key() does, for a SubjectPublicKeyInfo."""
     try:
+        if len(der) > MAX_PUBLIC_KEY_SIZE:  # a responder would spend long on it
+            raise ValueError("larger than any of the lab's")
         match from_der(der):
             case [algorithm, (tag, bytes(bits))] if tag == BIT_STRING and bits[:1] == b"\x00":
                 _check_algorithm(algorithm)
@@ -226,6 +229,8 @@ def has_expired(certificate: bytes) -> bool:
     """Tell whether the notAfter (RFC 5280, 4.1.2.5) of a certificate (PEM) has passed."""
     begin = certificate.index(b"-----BEGIN CERTIFICATE-----")  # a key may come first
     [tbs_certificate, *_] = from_der(from_pem(CERTIFICATE, certificate[begin:]))
+    if isinstance(tbs_certificate[0], int):  # a serial number: of version 1, which is not said
+        tbs_certificate = [None, *tbs_certificate]
     [_, _, _, _, [_, (tag, not_after)], *_] = tbs_certificate  # after version, …, issuer
     if tag == UTC_TIME:  # YYMMDDHHMMSSZ, of 1950 to 2049
         not_after = (b"19" if not_after >= b"50" else b"20") + not_after

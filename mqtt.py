@@ -10,13 +10,10 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from keys import CryptoError
 from settings import ProgramError, Settings, UsageError, log, tls_context
-
-if TYPE_CHECKING:  # else loaded where they are used: --help and usage errors need none of them
-    import paho.mqtt.client as paho
 
 # The topics: {NetID}/{action}/request and …/response.
 REQUEST, RESPONSE = "{}/{}/request", "{}/{}/response"
@@ -29,11 +26,12 @@ NETID = re.compile(r"(?!\$)[^/+#\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,64}")
 CONNECTING, CONNACK, SUBACK = "TCP connection", "CONNACK", "SUBACK"  # the first stages
 QOS = 1
 KEEPALIVE = 15  # seconds of silence after which a broker is asked for a sign of life
-READS = 16  # packets read, if so many have come, before anything else is done
+READS = 16  # times that paho reads, if so much has come, before anything else is done
 LOOP_INTERVAL = 1.0  # seconds between looks at the time, for keep-alive
 PROBE_TIME = 1.0  # seconds to find out why TLS has failed
-MAX_MESSAGES, MAX_MESSAGE_BYTES = 10_000, 2**27  # received, but not handled yet; more are dropped
+MAX_MESSAGES = 10_000  # received, but not handled yet; more are dropped
 MAX_IN_FLIGHT = 10_000  # published, but not acknowledged by the broker yet
+MAX_BYTES = 2**27  # of the messages received, or published, in that state; one may have more
 FIRST_DELAY, LAST_DELAY = 1.0, 60.0  # seconds between attempts to connect
 
 
@@ -62,7 +60,7 @@ class Connection:
     """A connection to the broker, from DNS look-up to DISCONNECT.
 
     Its methods let the network go on while they wait, on the thread that calls them. paho's
-    callbacks only note what came.
+    callbacks only note what came, or raise ProgramError, which ends the connection.
     """
 
     def __init__(self, settings: Settings, will: tuple[str, bytes] | None = None) -> None:
@@ -84,7 +82,8 @@ class Connection:
         self._granted: list[int] | None = None  # QoS, or a refusal, for each topic
         self._failure: ProgramError | None = None  # why the connection has ended
         self._unacknowledged: list[int] = []  # the packet identifiers of what came in
-        self._last: paho.MQTTMessageInfo | None = None
+        self._in_flight: dict[int, int] = {}  # packet identifier and size of what was published
+        self._in_flight_bytes = 0
         self._client = client = paho.Client(
             CallbackAPIVersion.VERSION2,
             settings.id,
@@ -101,7 +100,7 @@ class Connection:
         client.on_socket_open = self._on_socket_open
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
-        client.on_publish = lambda client, *_: acknowledge_at_once(client.socket())
+        client.on_publish = self._on_publish
         client.on_message = self._on_message
         # We subscribe at QoS 1. paho would keep a flood of QoS 2, to deliver it later.
         client._send_pubrec = self._refuse_qos_2  # type: ignore[method-assign]
@@ -149,17 +148,21 @@ class Connection:
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> bool:
         """Publish at QoS 1. False: too large, too much in flight, or no broker."""
+        if self._in_flight and self._in_flight_bytes + len(payload) > MAX_BYTES:
+            return False
         try:
             publication = self._client.publish(topic, payload, QOS, retain)
         except ValueError:  # more than MQTT can carry
             return False
-        if not publication.rc:
-            self._last = publication
-        return not publication.rc
+        if publication.rc:
+            return False
+        self._in_flight[publication.mid] = len(payload)
+        self._in_flight_bytes += len(payload)
+        return True
 
     def flush(self) -> None:
-        """Wait until the broker has acknowledged the last publication."""
-        while self._last and not self._last.is_published():
+        """Wait until the broker has acknowledged all that was published."""
+        while self._in_flight:
             self.wait()
             self.messages.clear()  # nobody takes them any more
 
@@ -172,17 +175,16 @@ class Connection:
         :raises TimeoutError: so has the patience
         """
         readable: list[Any] = []
-        if not self.messages:
-            self._bytes = 0
+        if self._failure:
+            raise self._failure
         try:
-            if not self._failure:
-                readable = self._step(seconds, others)
+            readable = self._step(seconds, others)
         except Exception as error:
             # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
             self._failure = self._explain(error)
-        # What came before still counts, once we have subscribed.
-        if self._failure and not (self.messages and self._granted):
-            raise self._failure
+            # What came before still counts, once we have subscribed: then the next call raises it.
+            if not self.messages or not self._granted:
+                raise self._failure from None
         if time.monotonic() > self.patience_ends:
             raise TimeoutError("no answer came")
         return readable
@@ -192,16 +194,18 @@ class Connection:
         client, sock = self._client, self._client.socket()
         if sock is None:
             raise ConnectionError("The connection was lost")
-        is_pending = hasattr(sock, "pending") and sock.pending() > 0  # decrypted by TLS already
-        to_write = [sock] if client.want_write() else []
-        is_busy = is_pending or self.messages
+        # A broker that does not read is not read from: what it makes us owe would pile up.
+        to_read, to_write = ([], [sock]) if client.want_write() else ([sock], [])
+        # TLS may have decrypted more than was read.
+        is_pending = bool(to_read) and hasattr(sock, "pending") and sock.pending() > 0
+        is_busy = is_pending or (self.messages and self._granted)
         timeout = 0 if is_busy else max(0, min(seconds, LOOP_INTERVAL))
-        readable, writable, _ = select.select([sock, *others], to_write, [], timeout)
+        readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
         code = 0
         if sock in readable or is_pending:
             for _ in range(READS):
                 code = client.loop_read()
-                if code or not select.select([sock], [], [], 0)[0]:
+                if code or client.want_write() or not select.select([sock], [], [], 0)[0]:
                     break
             if self._settings.uses_tls:  # its session tickets are no packets that paho tells of
                 acknowledge_at_once(sock)
@@ -247,15 +251,19 @@ class Connection:
 
     def _on_subscribe(self, client: Any, userdata: Any, mid: int, codes: Any, _: Any) -> None:
         acknowledge_at_once(client.socket())
-        self._granted = [code.value for code in codes]
+        if self.stage != CONNACK:
+            self._granted = [code.value for code in codes]
+
+    def _on_publish(self, client: Any, userdata: object, mid: int, *_: object) -> None:
+        acknowledge_at_once(client.socket())
+        self._in_flight_bytes -= self._in_flight.pop(mid, 0)
 
     def _on_message(self, client: object, userdata: object, message: Any) -> None:
         if message.qos:
             self._unacknowledged.append(message.mid)
-        self._bytes += len(message.payload)
-        if len(self.messages) < MAX_MESSAGES and (
-            self._bytes <= MAX_MESSAGE_BYTES or not self.messages
-        ):
+        self._bytes = len(message.payload) + (self._bytes if self.messages else 0)
+        has_room = len(self.messages) < MAX_MESSAGES and self._bytes <= MAX_BYTES
+        if has_room or not self.messages:
             self.messages.append(Message(message.topic, bytes(message.payload), message.retain))
         else:
             self.dropped += 1
@@ -358,7 +366,7 @@ def tls_problem(settings: Settings) -> ProgramError | None:
         return None
     except UsageError as error:  # a file has just become unusable
         return error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError for a host that cannot be one
         reason = re.sub(r"\[SSL.*?\] | \(_ssl.*\)", "", str(error))
     for pattern, (problem, hint) in TLS_PROBLEMS.items():
         if re.search(pattern, reason.lower()):
@@ -374,7 +382,7 @@ def certified_names(settings: Settings) -> str:
 
     from cryptography import x509
 
-    with contextlib.suppress(OSError, ValueError, x509.ExtensionNotFound):
+    with contextlib.suppress(Exception):  # whatever a stranger's certificate makes a parser raise
         pem = ssl.get_server_certificate((settings.host, settings.port), timeout=PROBE_TIME)
         certificate = x509.load_pem_x509_certificate(pem.encode())
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

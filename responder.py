@@ -48,7 +48,8 @@ KEY_LIFETIME = 60.0  # seconds without use until a key is forgotten that has a s
 MAX_KNOWN_TOKENS = 200  # of a key: the requests until our client renews it, and the responses
 MAX_WAITING = 1_000  # NetIDs whose key exchanges wait for their turn
 KEY_PAIR_STOCK = 32  # made ahead, so that this many clients can come at once
-REPORT_INTERVAL = 1.0  # seconds between warnings of what was dropped
+REPORT_INTERVAL = 1.0  # seconds between warnings of how much was dropped
+MAX_REPORTS = 100  # messages that are ignored in that time, and named; more are only counted
 STATUS_INTERVAL = 30.0  # seconds
 OFFLINE = b'{"status": "offline"}'
 DRAINING_TIME = 5.0  # seconds to finish what is being answered when told to stop
@@ -108,24 +109,24 @@ class Key:
         answer, which a client of the lab's protocol would take for that to its next request.
         """
         number, text = self.cipher.open(topic, message)
-        if number is None:
-            message_digest = digest(message)
-            is_known = message_digest in self._known
-            self._known.append(message_digest)
-        else:
-            is_known = number <= self._number
-            self._number = max(number, self._number)
+        is_known = digest(message) in self._known if number is None else number <= self._number
         if is_known:
             raise UnusableError("out of order, or here before")
+        self._remember(number, message)
         self.used = time.monotonic()
         return number, text
 
     def seal(self, topic: str, number: int | None, text: bytes) -> bytes:
         """Return the response to a request of that number."""
         message = self.cipher.seal(topic, number or 0, text)
+        self._remember(number, message)
+        return message
+
+    def _remember(self, number: int | None, message: bytes) -> None:
         if number is None:
             self._known.append(digest(message))
-        return message
+        else:
+            self._number = number
 
 
 class Keys:
@@ -204,7 +205,7 @@ class Responder:
         self._counts = {"exchanges": 0, "requests": 0, "failures": 0}
         self._started = time.monotonic()
         self._status_at = float("inf")  # not before the first subscription
-        self._dropped = 0  # messages, not reported yet
+        self._dropped = self._ignored = 0  # messages since the last report
         self._report_at = 0.0  # of time.monotonic()
 
     def run(self) -> None:
@@ -236,7 +237,8 @@ class Responder:
     def stop(self) -> None:
         """Make run() finish what is being answered and return; safe in a signal handler."""
         self._is_stopped = True
-        self._end = time.monotonic() + (DRAINING_TIME if self._is_connected else 0)
+        draining_time = DRAINING_TIME if self._is_connected else 0
+        self._end = min(self._end, time.monotonic() + draining_time)
         self._stop.close()  # wakes who waits for the other end
 
     def end(self) -> float:
@@ -266,13 +268,20 @@ class Responder:
                 self._take_result(worker)
         while self._mqtt.messages:
             self._receive(self._mqtt.messages.popleft())
-        self._report_drops()
+        self._report_losses()
 
-    def _report_drops(self) -> None:
+    def _report_losses(self) -> None:
+        """Say how much was dropped, or ignored without a line of its own."""
         self._dropped, self._mqtt.dropped = self._dropped + self._mqtt.dropped, 0
-        if self._dropped and time.monotonic() >= self._report_at:
+        now = time.monotonic()
+        if now < self._report_at or not (self._dropped or self._ignored):
+            return
+        if self._dropped:
             log().warning("dropped count=%d reason='too many at a time'", self._dropped)
-            self._dropped, self._report_at = 0, time.monotonic() + REPORT_INTERVAL
+        if self._ignored > MAX_REPORTS:
+            log().warning("ignored count=%d reason='and more'", self._ignored - MAX_REPORTS)
+        self._dropped = self._ignored = 0
+        self._report_at = now + REPORT_INTERVAL
 
     def _report_status(self) -> None:
         now = time.monotonic()
@@ -304,6 +313,9 @@ class Responder:
 
     def _ignore(self, request: Incoming, reason: str) -> None:
         self._counts["failures"] += 1
+        self._ignored += 1
+        if self._ignored > MAX_REPORTS:  # a flood shall not fill the disk
+            return
         # A peer chose the names: they are cut and quoted.
         names = request.netid[:64], request.action[:64]
         log().warning("ignored netid=%r action=%r reason=%r", *names, reason)
@@ -468,12 +480,20 @@ def local_services(settings: Settings) -> Iterator[None]:
     responder = Responder(
         Settings(**names, id=random_id(), timeout=settings.timeout), on_ready=ready.set
     )
+
+    def run() -> None:
+        try:
+            responder.run()
+        except ProgramError as error:
+            log().warning("the responder of --local has ended: %s", error)
+        ready.set()
+
     with local_broker(settings.host, settings.port):
-        thread = threading.Thread(target=responder.run)
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         try:
             ready.wait(settings.timeout)
             yield
         finally:
             responder.stop()
-            thread.join()
+            thread.join(DRAINING_TIME)

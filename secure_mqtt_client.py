@@ -5,8 +5,8 @@
 # ///
 """Client and responder of the secure MQTT lab; HELP below tells how to run them.
 
-From the top: settings, the client, sessions of many lines, the command line, main. Beside it:
-mqtt.py holds the connection to the broker, crypto.py the secrets, responder.py the other role.
+From the top: the client, sessions of many lines, the command line, main. Beside it: mqtt.py holds
+the connection to the broker, crypto.py the secrets, responder.py the other role.
 """
 
 from __future__ import annotations
@@ -341,6 +341,7 @@ class Session:
             self._progress = time.monotonic()
         self._is_connected, self._exchange = False, None
         self._sent = self._sent_bytes = 0
+        self._answers.clear()
         time.sleep(next(self._delays))
         self._patience *= 2
         self._mqtt = Connection(self._settings)
@@ -471,6 +472,7 @@ class InputLines:
             for start in others:
                 lines.append(checked_message(bytes(self._rest)))
                 self._rest = bytearray(start)
+            check_size(len(self._rest))  # whose end may never come
         except ProgramError as error:
             self.fault, self.has_ended = error, True
         return lines
@@ -712,11 +714,16 @@ def standard_input() -> io.BufferedReader:
 
 def checked_message(text: bytes) -> bytes:
     """Return a message, or raise ProgramError if it can't be sent."""
+    check_size(len(text))
     if not is_utf8(text):
         raise ProgramError("MESSAGE on standard input is not UTF-8 text")
-    if crypto.token_size(len(text)) > MAX_TOKEN_SIZE:
-        raise ProgramError(f"MESSAGE has {len(text)} bytes, too many for MQTT", "send parts of it")
     return text
+
+
+def check_size(size: int) -> None:
+    """Raise ProgramError for a message of so many bytes if that is too large."""
+    if crypto.token_size(size) > MAX_TOKEN_SIZE:
+        raise ProgramError(f"MESSAGE has {size} bytes, too many for MQTT", "send parts of it")
 
 
 def write_output(data: bytes) -> None:

@@ -74,6 +74,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import crypto
+import mqtt
 import secure_mqtt_client as program
 from background import supervise
 from keys import (
@@ -90,6 +91,7 @@ from keys import (
     to_pem,
 )
 from mqtt import ACTIONS, MAX_IN_FLIGHT, Connection
+from responder import MAX_KNOWN_TOKENS
 from settings import ProgramError
 
 REQUEST = ["alice", "uppercase", MESSAGE]
@@ -312,7 +314,7 @@ FALSE_KEYS: Mapping[str, tuple[bytes, str]] = {
     "y = p + 1": (pem(key(P + 1)), "range"),
     "y = −5": (pem(key(-5)), "range"),
     "y = −p": (pem(key(-P)), "range"),
-    "y of a million bits": (pem(key(1 << 300_000)), "range"),
+    "y of a million bits": (pem(key(1 << 300_000)), "larger"),
     "no y": (pem(key((5, b""))), "range"),
     "another group of 4096 bits": (pem(key(Y, P - 2)), "group"),
     "another generator": (pem(key(Y, P, 3)), "group"),
@@ -930,6 +932,14 @@ RESPONDER_ATTACKS: Mapping[str, tuple[str, Callable[[Wire], object]]] = {
         "connect",
         lambda wire: wire.send(publish("eve/uppercase/request", b"gAAAAAB_") * 12_000),
     ),
+    "grants, and delivers at QoS 1 and 2, before CONNACK": (
+        "connect",
+        lambda wire: wire.send(
+            packet(SUBACK, b"\0\1\1")
+            + publish("eve/uppercase/request", b"gAAAAAB_")
+            + publish("eve/uppercase/request", b"gAAAAAB_", QOS_2)
+        ),
+    ),
     "closes before CONNACK": ("connect", lambda wire: wire.end()),
     "is not available": ("connect", lambda wire: wire.send(connack(3)).end()),
     "speaks HTTP": ("connect", lambda wire: wire.send(b"HTTP/1.1 400 Bad Request\r\n").end()),
@@ -1006,8 +1016,51 @@ def test_a_responder_survives_a_broker_that_breaks_the_rules(
         wait_until(lambda: len(survived) == len(RESPONDER_ATTACKS) or responder.process.poll())
         assert survived == [*RESPONDER_ATTACKS], (awaiting, responder.lines)
         assert not [name for name in reconnected if name.startswith("floods")]
+        assert responder.has_said("event=ignored count=")  # a flood is not logged line by line
         assert responder.stop() == 0
     assert not responder.has_said("Traceback")
+
+
+def test_a_broker_that_asks_and_does_not_read_is_given_up(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start_responder: Callable[..., ResponderProcess],
+) -> None:
+    """A responder that read on would owe it more and more."""
+
+    def serve(wire: Wire) -> None:
+        wire.receive()
+        wire.send(connack())
+        wire.send(packet(SUBACK, wire.receive().mid + b"\1"))
+        while True:  # until the responder closes the connection
+            wire.send(packet(PINGREQ) * 4096)
+
+    change = "mqtt.KEEPALIVE = 1\n"
+    monkeypatch.setattr(conftest, "PROGRAM", hostile.changed_program(tmp_path, change))
+    with listening(serve) as port:
+        start_responder("-p", str(port)).wait_for("disconnected")
+
+
+def test_no_more_is_published_than_a_broker_acknowledges_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def serve(wire: Wire) -> None:
+        wire.receive()
+        wire.send(connack())
+        first = wire.receive()
+        wire.send(packet(PUBACK, first.mid))
+
+    monkeypatch.setattr(mqtt, "MAX_BYTES", 1000)
+    with listening(serve) as port:
+        settings = program.parse_settings(["-h", "127.0.0.1", "-p", str(port), *REQUEST])
+        connection = Connection(settings)
+        connection.connect()
+        assert connection.publish("one", bytes(5000))  # one may be larger
+        assert not connection.publish("another", b"x")
+        connection.flush()
+        assert connection.publish("another", bytes(600))
+        assert connection.publish("another", bytes(400))
+        assert not connection.publish("another", b"x")
 
 
 @pytest.mark.parametrize(
@@ -1184,6 +1237,22 @@ def test_a_responder_takes_no_token_twice(
         client.publish(f"{netid}/reverse/request", again)
         said = f"netid={netid!r} action='reverse' reason='out of order, or here before'"
         responder.wait_for(said)
+
+
+def test_no_number_of_replays_makes_a_responder_take_a_token_again(
+    own_broker: Mosquitto, start_responder: Callable[..., ResponderProcess], netid: str
+) -> None:
+    start_responder("-p", str(own_broker.port))
+    with LabClient(own_broker.port, netid, "mallory") as client:
+        client.exchange()
+        first, second, last = (crypto.encrypt(text, client.key) for text in ("1", "2", "3"))
+        for token in first, second:
+            client.ask("uppercase", token)
+        for _ in range(MAX_KNOWN_TOKENS):
+            client.publish(f"{netid}/uppercase/request", second)
+        client.publish(f"{netid}/uppercase/request", first)
+        # Had any been taken, its answer would come before this one's.
+        assert crypto.decrypt(client.ask("uppercase", last), client.key) == b"3"
 
 
 def test_a_broker_that_only_listens_never_sees_the_message() -> None:

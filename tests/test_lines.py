@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from conftest import (
     Run,
     error_lines,
     free_port,
+    processes_below,
     run,
     wait_until,
 )
@@ -35,6 +37,7 @@ from hostile import (
     Packet,
     PassOn,
     all_at_once,
+    changed_program,
     impatient_program,
     in_thread,
     publish,
@@ -279,7 +282,44 @@ def test_a_local_session_needs_no_other_services(netid: str) -> None:
     assert succeeded(run(*command, stdin=joined(lines)), upper(lines))
 
 
+def test_a_local_session_says_that_its_responder_has_ended(netid: str) -> None:
+    pytest.importorskip("amqtt")
+    command = ["--local", "-W", "4", "--lines", netid, "uppercase", "-"]
+    with subprocess.Popen(
+        [sys.executable, str(PROGRAM), *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        wait_until(lambda: processes_below(process.pid))
+        os.kill(max(processes_below(process.pid)), signal.SIGKILL)
+        answers, errors = process.communicate(b"text\n", timeout=SAFETY)
+    assert (process.returncode, answers) == (1, b"")
+    assert b"the responder of --local has ended" in errors
+    assert b"Traceback" not in errors
+
+
 # --- what cannot be answered -------------------------------------------------------------------
+
+
+def test_a_line_without_end_ends_a_session_before_it_takes_all_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broker: Mosquitto, netid: str
+) -> None:
+    change = "program.MAX_TOKEN_SIZE = 100_000\n"
+    monkeypatch.setattr(conftest, "PROGRAM", changed_program(tmp_path, change))
+    with subprocess.Popen(
+        [sys.executable, str(conftest.PROGRAM), *arguments(broker.port, netid)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin
+        assert process.stderr
+        with contextlib.suppress(BrokenPipeError):
+            while True:  # until nobody reads any more
+                process.stdin.write(b"x" * 10_000)
+                process.stdin.flush()
+        assert b"too many for MQTT" in process.stderr.read()
+        assert process.wait(SAFETY) == 1
 
 
 @both_suites

@@ -329,9 +329,10 @@ def server(reply: bytes | None) -> Iterator[int]:
             connection.close()
 
 
+@pytest.mark.parametrize("options", [(), ("--tls",)], ids=["plain", "TLS"])
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 64, "[::1]"])
-def test_a_host_that_does_not_exist_is_named(host: str) -> None:
-    result = run("-h", host, "-W", "20", "x", "reverse", "abc")
+def test_a_host_that_does_not_exist_is_named(host: str, options: tuple[str, ...]) -> None:
+    result = run("-h", host, "-W", "20", *options, "x", "reverse", "abc")
     assert failed(result, f"cannot find the host '{host}'", "hint: ", "--host")
 
 

@@ -14,7 +14,16 @@ import broker_side
 import hostile
 import pytest
 from broker_side import BrokerSide, certificate_client, started
-from conftest import ROOT, SAFETY, Mosquitto, Peer, ResponderProcess, processes_below, run
+from conftest import (
+    ROOT,
+    SAFETY,
+    Mosquitto,
+    Peer,
+    ResponderProcess,
+    processes_below,
+    run,
+    wait_until,
+)
 
 import crypto
 
@@ -184,6 +193,29 @@ def test_it_is_online_again_after_a_restart_of_its_broker(
     own_broker.restart()
     responder.wait_for("ready", times=2)
     assert counts(retained(peer, own_broker.port)) == (0, 0, 0, 0)
+
+
+def test_further_signals_do_not_prolong_its_end(
+    start_responder: Start, change_program: Callable[..., None]
+) -> None:
+    """It waits for the acknowledgement of its last status, which this broker withholds."""
+
+    def serve(wire: hostile.Wire) -> None:
+        wire.receive()
+        wire.send(hostile.connack())
+        wire.send(hostile.packet(hostile.SUBACK, wire.receive().mid + b"\1"))
+        while True:  # until the responder closes the connection
+            wire.receive()
+
+    change_program("responder", DRAINING_TIME=1.0)
+    with hostile.listening(serve) as port:
+        responder = start_responder(f"-p{port}", OPTION)
+
+        def has_ended() -> bool:
+            responder.process.terminate()
+            return responder.process.poll() is not None
+
+        wait_until(has_ended)
 
 
 def test_it_stops_at_once_while_its_broker_is_away(

@@ -30,10 +30,12 @@ from conftest import (
     processes_below,
     run,
 )
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 import crypto
 import secure_mqtt_client as program
+from keys import has_expired
 
 Start = Callable[..., ResponderProcess]
 REQUEST = ("alice", "reverse", "text")
@@ -605,6 +607,20 @@ def test_an_argument_goes_before_the_environment(
             monkeypatch.setenv(name, value)
     settings = program.parse_settings([*arguments, *REQUEST])
     assert (settings.username, settings.password) == login
+
+
+@pytest.mark.parametrize("days", [1, -1])
+def test_a_certificate_of_version_1_expires_like_any_other(days: int, tmp_path: Path) -> None:
+    commands = (
+        "req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /O=lab/CN=alice"
+        " -keyout key -out request",
+        f"x509 -req -in request -signkey key -days {days} -out certificate",
+    )
+    for command in commands:
+        subprocess.run(["openssl", *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    certificate = (tmp_path / "certificate").read_bytes()
+    assert x509.load_pem_x509_certificate(certificate).version == x509.Version.v1
+    assert has_expired(certificate) == (days < 0)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from mqtt import (
 )
 from settings import ProgramError, Settings, log, peer_security
 
-# What goes beyond a bound is dropped, with a warning.
+# What goes beyond a bound is dropped, with a warning, or forgotten, without one.
 MAX_NETIDS = 10_000  # the least recently used is forgotten first
 KEYS_PER_NETID = 8  # so many clients can use a NetID at the same time
 KEY_LIFETIME = 60.0  # seconds without use until a key is forgotten that has a successor

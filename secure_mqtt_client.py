@@ -5,8 +5,9 @@
 # ///
 """Client and responder of the secure MQTT lab; HELP below tells how to run them.
 
-From the top: the client, sessions of many lines, the command line, main. Beside it: mqtt.py holds
-the connection to the broker, crypto.py the secrets, responder.py the other role.
+From the top: the client, sessions of many lines, the command line, main. Beside it: responder.py is
+the other role, mqtt.py the connection to the broker, crypto.py the secrets, settings.py what the
+command line says, background.py child processes.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ WINDOW, WINDOW_BYTES = 64, 2**20  # requests sent, but not answered yet
 # module has the one suite only, and needs long.
 PATIENCE = {"x25519": 2.0, "dh4096": 15.0}
 MAX_REQUESTS_PER_KEY = {"x25519": 10_000, "dh4096": 100}  # both ends remember them
-IDLE_TIME = 30.0  # seconds after which a key is renewed: a responder may forget it (KEY_LIFETIME)
+IDLE_TIME = 30.0  # seconds after which a key is renewed: a responder may forget it
 
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 
@@ -489,8 +490,8 @@ class Parser(argparse.ArgumentParser):
         return HELP
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError. What follows an unknown option may be a password: it is not shown."""
-        raise UsageError(re.sub(r"(--[\w-]+)=.*", r"\1=...", message))
+        """Raise UsageError. The value of an unknown option may be a password: it is not shown."""
+        raise UsageError(re.sub(r"(--[\w-]+=| -[A-Za-z](?=[^/ ])).*", r"\1...", message))
 
     def _print_message(self, message: str, file: Any = None) -> None:
         write_output(message.encode())

@@ -33,7 +33,7 @@ class ProgramError(Exception):
     """What went wrong and, as a hint, what to do about it, both in the user's words."""
 
     def __init__(self, message: str, hint: str = "", is_final: bool = False) -> None:
-        """Take the texts; final is what no further attempt to connect can change."""
+        """Take the texts; is_final: what no further attempt to connect can change."""
         super().__init__(message)
         self.hint = hint
         self.is_final = is_final

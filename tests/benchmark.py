@@ -85,7 +85,7 @@ def without_gmpy2(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-# Python caches the bytecode of crypto.py, as on a user's machine, whatever this one is set to.
+# Python caches the bytecode of the modules, as on a user's machine, whatever this one is set to.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 

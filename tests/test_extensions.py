@@ -1,6 +1,6 @@
-"""Signed exchanges and the suite x25519 in crypto.py, against known answers and a second author.
+"""Signed exchanges and the suite x25519 against known answers and a second author.
 
-vectors/extensions.json was made with reference.py, which shares no code with crypto.py.
+vectors/extensions.json was made with reference.py, which shares no code with the program.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def test_a_signature_that_leaves_nothing_to_chance_is_the_known_one(name: str) -
 
 
 def identity(name: str) -> Identity:
-    """Return an identity in the file, as crypto.py reads it."""
+    """Return an identity in the file, as signatures.py reads it."""
     return Identity("".join(IDENTITIES[name].values()).encode())
 
 

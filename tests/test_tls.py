@@ -553,6 +553,13 @@ def test_a_status_topic_that_is_none_is_refused(topic: str | bytes) -> None:
     assert (result.stdout, result.returncode) == (b"", 2)
 
 
+@pytest.mark.parametrize("option", ["--password=secret", "-Psecret", "--pw=secret"])
+def test_a_password_that_no_option_takes_is_not_shown(option: str) -> None:
+    result = run(option, *REQUEST)
+    assert "secret" not in error_lines(result)
+    assert (result.stdout, result.returncode) == (b"", 2)
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [

@@ -822,7 +822,7 @@ def run_session(settings: Settings) -> None:
 
 def exchange_settings(settings: Settings) -> tuple[Any, ...]:
     """Return the arguments of an Exchange. CryptoError or UsageError if a file is unusable."""
-    read_group()
+    read_group()  # raises its error here, and not in a child
     return settings.netid, settings.suite, *peer_security(settings), settings.peer_name
 
 
@@ -837,11 +837,11 @@ def services(settings: Settings) -> contextlib.AbstractContextManager[None]:
 
 def run_responder(settings: Settings) -> None:
     """Answer requests until SIGINT or SIGTERM."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(0))  # before there is anything to finish
     from responder import Responder, local_broker
 
     whom = settings.netid or "all NetIDs"
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))  # before there is anything to finish
     responder = Responder(settings, lambda: say(f"ready: {settings.broker}, for {whom}"))
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: responder.stop())

@@ -73,6 +73,7 @@ class Connection:
         from paho.mqtt.enums import CallbackAPIVersion
 
         self._settings = settings
+        self._uses_tls = settings.uses_tls
         self.stage = CONNECTING  # what is being waited for
         self.messages: deque[Message] = deque()
         self.dropped = 0  # messages for which there was no room
@@ -191,13 +192,14 @@ class Connection:
 
     def _step(self, seconds: float, others: Sequence[Any]) -> list[Any]:
         self._acknowledge()
-        client, sock = self._client, self._client.socket()
+        client = self._client
+        sock: Any = client.socket()
         if sock is None:
             raise ConnectionError("The connection was lost")
         # A broker that does not read is not read from: what it makes us owe would pile up.
         to_read, to_write = ([], [sock]) if client.want_write() else ([sock], [])
         # TLS may have decrypted more than was read.
-        is_pending = bool(to_read) and hasattr(sock, "pending") and sock.pending() > 0
+        is_pending = self._uses_tls and bool(to_read) and sock.pending() > 0
         is_busy = is_pending or (self.messages and self._granted)
         timeout = 0 if is_busy else max(0, min(seconds, LOOP_INTERVAL))
         readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
@@ -207,7 +209,7 @@ class Connection:
                 code = client.loop_read()
                 if code or client.want_write() or not select.select([sock], [], [], 0)[0]:
                     break
-            if self._settings.uses_tls:  # its session tickets are no packets that paho tells of
+            if self._uses_tls:  # its session tickets are no packets that paho tells of
                 acknowledge_at_once(sock)
         if code := code or (client.loop_write() if writable else 0) or client.loop_misc():
             import paho.mqtt.client as paho

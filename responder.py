@@ -429,8 +429,11 @@ class Responder:
 
 
 @contextlib.contextmanager
-def local_broker(host: str, port: int) -> Iterator[None]:
-    """Run an MQTT broker in a thread."""
+def local_broker(settings: Settings) -> Iterator[None]:
+    """Run an MQTT broker in a thread, where the settings say.
+
+    Port 0 stands for a free one, which is put into the settings.
+    """
     import asyncio
     import logging
 
@@ -442,8 +445,11 @@ def local_broker(host: str, port: int) -> Iterator[None]:
             "--local needs the package amqtt", "install it: python3 -m pip install amqtt"
         ) from None
     logging.getLogger("amqtt").setLevel(logging.CRITICAL + 1)  # what matters is said here
+    if not settings.port:
+        with socket.create_server((settings.host, 0)) as server:
+            settings.port = server.getsockname()[1]  # for a moment, nobody else takes it
     config = {
-        "listeners": {"default": {"type": "tcp", "bind": f"{host}:{port}"}},
+        "listeners": {"default": {"type": "tcp", "bind": f"{settings.host}:{settings.port}"}},
         "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
     }
     loop = asyncio.new_event_loop()
@@ -459,7 +465,7 @@ def local_broker(host: str, port: int) -> Iterator[None]:
         broker = asyncio.run_coroutine_threadsafe(start(), loop).result()
     except (AMQTTError, BrokerError) as error:
         raise ProgramError(
-            f"the local broker cannot listen on {host} port {port}: {error}", "choose another port"
+            f"the local broker cannot listen on {settings.broker}: {error}", "choose another port"
         ) from None
     try:
         yield
@@ -472,14 +478,11 @@ def local_broker(host: str, port: int) -> Iterator[None]:
 @contextlib.contextmanager
 def local_services(settings: Settings) -> Iterator[None]:
     """Run a broker and a responder for a request, and put into the settings how to reach them."""
-    settings.host = "127.0.0.1"
-    with socket.create_server((settings.host, 0)) as server:
-        settings.port = server.getsockname()[1]  # free, and soon the broker's
-    names = {"netid": settings.netid, "host": settings.host, "port": settings.port}
+    settings.host, settings.port = "127.0.0.1", 0
     ready = threading.Event()
-    responder = Responder(
-        Settings(**names, id=random_id(), timeout=settings.timeout), on_ready=ready.set
-    )
+    names = {"netid": settings.netid, "host": settings.host, "id": random_id()}
+    its_settings = Settings(**names, timeout=settings.timeout)
+    responder = Responder(its_settings, on_ready=ready.set)
 
     def run() -> None:
         try:
@@ -488,7 +491,8 @@ def local_services(settings: Settings) -> Iterator[None]:
             log().warning("the responder of --local has ended: %s", error)
         ready.set()
 
-    with local_broker(settings.host, settings.port):
+    with local_broker(settings):
+        its_settings.port = settings.port
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         try:

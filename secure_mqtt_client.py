@@ -845,7 +845,7 @@ def run_responder(settings: Settings) -> None:
     responder = Responder(settings, lambda: say(f"ready: {settings.broker}, for {whom}"))
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: responder.stop())
-    local = local_broker(settings.host, settings.port)
+    local = local_broker(settings)
     with local if settings.local else contextlib.nullcontext(), contextlib.suppress(TimeoutError):
         supervise(responder.run, responder.end)
 

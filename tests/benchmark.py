@@ -531,7 +531,7 @@ def measure_requests(broker: Mosquitto, folder: Path) -> None:
     with responding(broker, dict(os.environ)), echoing(broker):
         for window in (1, 16):
             pairs = []
-            for _ in range(5):
+            for _ in range(15):
                 tokens = sealed(broker.port, "session", 1500)
                 plain = answers_per_second(broker.port, PLAIN, tokens, window)
                 pairs.append((plain, answers_per_second(broker.port, "session", tokens, window)))

@@ -25,7 +25,8 @@ NETID = re.compile(r"(?!\$)[^/+#\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,64}")
 
 CONNECTING, CONNACK, SUBACK = "TCP connection", "CONNACK", "SUBACK"  # the first stages
 QOS = 1
-KEEPALIVE = 15  # seconds of silence after which a broker is asked for a sign of life
+KEEPALIVE = 15  # seconds of silence after which a responder asks its broker for a sign of life
+MAX_KEEPALIVE = 65_535  # seconds: 3.1.1, 3.1.2.10
 READS = 16  # times that paho reads, if so much has come, before anything else is done
 LOOP_INTERVAL = 1.0  # seconds between looks at the time, for keep-alive
 PROBE_TIME = 1.0  # seconds to find out why TLS has failed
@@ -121,10 +122,13 @@ class Connection:
     def connect(self) -> None:
         """Connect, and wait for the CONNACK. ProgramError if that fails, or it is a refusal."""
         client, settings = self._client, self._settings
+        keepalive = KEEPALIVE
+        if not settings.respond:  # its deadline counts: a large message may be long on its way
+            keepalive = min(MAX_KEEPALIVE, max(KEEPALIVE, int(settings.timeout) + 1))
         try:
             if settings.uses_tls:
                 client.tls_set_context(tls_context(settings))
-            client.connect(settings.host, settings.port, KEEPALIVE)
+            client.connect(settings.host, settings.port, keepalive)
         except Exception as error:  # ValueError, UnicodeError, … for a host that cannot be one
             raise self._explain(error) from None
         while self.stage == CONNACK:

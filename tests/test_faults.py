@@ -36,6 +36,7 @@ from hostile import (
     RawClient,
     all_at_once,
     attacked,
+    changed_program,
     check,
     delay,
     drip,
@@ -143,6 +144,22 @@ def test_a_responder_that_goes_between_the_exchange_and_the_request_is_missed(
 
 
 # --- a bad network -----------------------------------------------------------------------------
+
+
+def test_a_message_may_be_long_on_its_way(tmp_path: Path) -> None:
+    """As long as the timeout allows; no sign of life of the broker can pass it."""
+    is_over = threading.Event()
+
+    def answer_and_stop_reading(c: Conversation) -> None:
+        c.give_key()
+        is_over.wait(SAFETY)
+
+    impatient = changed_program(tmp_path, "mqtt.KEEPALIVE = 1\n")
+    with hostile_broker({"exchange": answer_and_stop_reading}) as (port, _):
+        arguments = ["-h", "127.0.0.1", "-p", str(port), "-W", "5", "alice", "uppercase", "-"]
+        result = run(*arguments, stdin=bytes(2**24), program=impatient)
+        is_over.set()
+    check(result, "no response came")
 
 
 @pytest.mark.parametrize("pass_on", [delay, drip])

@@ -171,8 +171,8 @@ class Connection:
             self.wait()
             self.messages.clear()  # nobody takes them any more
 
-    def wait(self, seconds: float = LOOP_INTERVAL, others: Sequence[Any] = ()) -> list[Any]:
-        """Let the network go on until something comes, or for some seconds.
+    def wait(self, others: Sequence[Any] = ()) -> list[Any]:
+        """Let the network go on until something comes, or for LOOP_INTERVAL.
 
         :param others: things that select() takes, to be waited for as well
         :return: those of them that can be read
@@ -183,7 +183,7 @@ class Connection:
         if self._failure:
             raise self._failure
         try:
-            readable = self._step(seconds, others)
+            readable = self._step(others)
         except Exception as error:
             # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
             self._failure = self._explain(error)
@@ -194,7 +194,7 @@ class Connection:
             raise TimeoutError("no answer came")
         return readable
 
-    def _step(self, seconds: float, others: Sequence[Any]) -> list[Any]:
+    def _step(self, others: Sequence[Any]) -> list[Any]:
         self._acknowledge()
         client = self._client
         sock: Any = client.socket()
@@ -205,7 +205,7 @@ class Connection:
         # TLS may have decrypted more than was read.
         is_pending = self._uses_tls and bool(to_read) and sock.pending() > 0
         is_busy = is_pending or (self.messages and self._granted)
-        timeout = 0 if is_busy else max(0, min(seconds, LOOP_INTERVAL))
+        timeout = 0 if is_busy else LOOP_INTERVAL
         readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
         code = 0
         if sock in readable or is_pending:
@@ -231,7 +231,7 @@ class Connection:
         """Drop the messages that are here already."""
         self.messages.clear()
         while (sock := self._client.socket()) and select.select([sock], [], [], 0)[0]:
-            self.wait(0)
+            self.wait()
             self.messages.clear()
 
     def _on_socket_open(self, client: object, userdata: object, sock: Any) -> None:

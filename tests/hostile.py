@@ -159,6 +159,13 @@ class Wire:
         self._socket.close()
 
 
+def admit(wire: Wire) -> None:
+    """Accept a connection, and grant the one topic that it subscribes to."""
+    wire.receive()
+    wire.send(connack())
+    wire.send(packet(SUBACK, wire.receive().mid + b"\1"))
+
+
 @contextlib.contextmanager
 def listening(serve: Callable[[Wire], None]) -> Iterator[int]:
     """Accept connections and serve each in a thread, until the context ends; yields the port.

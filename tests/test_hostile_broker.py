@@ -58,6 +58,7 @@ from hostile import (
     Script,
     Step,
     Wire,
+    admit,
     all_at_once,
     attacked,
     check,
@@ -858,9 +859,7 @@ def test_the_responder_answers_on_no_other_topic_and_logs_no_escape_sequence(
     start_responder: Callable[..., ResponderProcess],
 ) -> None:
     def serve(wire: Wire) -> None:
-        wire.receive()
-        wire.send(connack())
-        wire.send(packet(SUBACK, wire.receive().mid + b"\1"))
+        admit(wire)
         for topic in [*FALSE_TOPICS, "alice/key-exchange/request"]:
             wire.send(publish(topic, VALID))
         answered.append(hostile.next_message(wire).topic)
@@ -1029,9 +1028,7 @@ def test_a_broker_that_asks_and_does_not_read_is_given_up(
     """A responder that read on would owe it more and more."""
 
     def serve(wire: Wire) -> None:
-        wire.receive()
-        wire.send(connack())
-        wire.send(packet(SUBACK, wire.receive().mid + b"\1"))
+        admit(wire)
         while True:  # until the responder closes the connection
             wire.send(packet(PINGREQ) * 4096)
 
@@ -1084,9 +1081,7 @@ def test_a_responder_for_one_netid_answers_no_other_even_if_the_broker_delivers_
     topics: list[str] = []
 
     def serve(wire: Wire) -> None:
-        wire.receive()
-        wire.send(connack())
-        wire.send(packet(SUBACK, wire.receive().mid + b"\1"))
+        admit(wire)
         for netid in ("bob", "alice"):
             wire.send(publish(f"{netid}/key-exchange/request", VALID))
         topics.append(hostile.next_message(wire).topic)
@@ -1155,9 +1150,7 @@ def connected_responder(
     wires: queue.SimpleQueue[Wire] = queue.SimpleQueue()
 
     def serve(wire: Wire) -> None:
-        wire.receive()
-        wire.send(connack())
-        wire.send(packet(SUBACK, wire.receive().mid + b"\1"))
+        admit(wire)
         wires.put(wire)
 
     with listening(serve) as port:

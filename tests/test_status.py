@@ -201,9 +201,7 @@ def test_further_signals_do_not_prolong_its_end(
     """It waits for the acknowledgement of its last status, which this broker withholds."""
 
     def serve(wire: hostile.Wire) -> None:
-        wire.receive()
-        wire.send(hostile.connack())
-        wire.send(hostile.packet(hostile.SUBACK, wire.receive().mid + b"\1"))
+        hostile.admit(wire)
         while True:  # until the responder closes the connection
             wire.receive()
 

@@ -10,10 +10,13 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from keys import CryptoError
 from settings import ProgramError, Settings, UsageError, log, tls_context
+
+if TYPE_CHECKING:  # else loaded where it is used: --help and usage errors do not need it
+    import paho.mqtt.client as paho
 
 # The topics: {NetID}/{action}/request and …/response.
 REQUEST, RESPONSE = "{}/{}/request", "{}/{}/response"
@@ -70,9 +73,6 @@ class Connection:
         :param will: the topic and payload that the broker shall publish, retained, when the
             connection breaks
         """
-        import paho.mqtt.client as paho
-        from paho.mqtt.enums import CallbackAPIVersion
-
         self._settings = settings
         self._uses_tls = settings.uses_tls
         self.stage = CONNECTING  # what is being waited for
@@ -86,7 +86,16 @@ class Connection:
         self._unacknowledged: list[int] = []  # the packet identifiers of what came in
         self._in_flight: dict[int, int] = {}  # packet identifier and size of what was published
         self._in_flight_bytes = 0
-        self._client = client = paho.Client(
+        self._client = self._new_client()
+        if will:
+            self._client.will_set(*will, QOS, retain=True)
+
+    def _new_client(self) -> paho.Client:
+        import paho.mqtt.client as paho
+        from paho.mqtt.enums import CallbackAPIVersion
+
+        settings = self._settings
+        client = paho.Client(
             CallbackAPIVersion.VERSION2,
             settings.id,
             reconnect_on_failure=False,
@@ -97,8 +106,6 @@ class Connection:
         client.connect_timeout = settings.timeout
         if settings.username:
             client.username_pw_set(settings.username, settings.password)  # type: ignore[arg-type]
-        if will:
-            client.will_set(*will, QOS, retain=True)
         client.on_socket_open = self._on_socket_open
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
@@ -106,6 +113,7 @@ class Connection:
         client.on_message = self._on_message
         # We subscribe at QoS 1. paho would keep a flood of QoS 2, to deliver it later.
         client._send_pubrec = self._refuse_qos_2  # type: ignore[method-assign]
+        return client
 
     def __enter__(self) -> Connection:
         """Return the connection."""

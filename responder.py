@@ -248,6 +248,7 @@ class Responder:
     def _serve(self) -> None:
         settings = self._settings
         self._mqtt.subscribe(REQUEST.format(settings.netid or "+", "+"))
+        self._mqtt.stage = "requests"
         self._is_connected = True
         self._status_at = time.monotonic() if settings.status_topic else float("inf")
         self._on_ready()

@@ -147,6 +147,7 @@ IDLE_TIME = 30.0  # seconds after which a key is renewed: a responder may forget
 
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 
+EXCHANGE, ANSWER = "the key exchange", "the response"  # what is waited for, after the SUBACK
 WAITING = 21  # log level, just above INFO: what a person at a terminal is told unasked
 T = TypeVar("T")
 
@@ -207,7 +208,7 @@ def call(
     :param read: turns a payload into the result; CryptoError if it can't be used
     :raises ProgramError: the connection has ended
     """
-    mqtt.stage = "the key exchange" if action == KEY_EXCHANGE else "the response"
+    mqtt.stage = EXCHANGE if action == KEY_EXCHANGE else ANSWER
     topic = RESPONSE.format(settings.netid, action)
     mqtt.ignored.clear()
     mqtt.discard()  # what came before the request is no answer to it
@@ -248,7 +249,7 @@ def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
     within = f"within {settings.timeout:g} s"
     if mqtt.stage in (CONNECTING, CONNACK, SUBACK):
         return mqtt.silence(f"no {mqtt.stage} came {within}")
-    is_exchange = mqtt.stage == "the key exchange"
+    is_exchange = mqtt.stage == EXCHANGE
     topic = RESPONSE.format(settings.netid, KEY_EXCHANGE if is_exchange else settings.action)
     faults = ", ".join(f"{fault} ({count})" for fault, count in mqtt.ignored.most_common())
     wanted = "valid key" if is_exchange else "response for us"
@@ -289,7 +290,7 @@ class Session:
         self._mqtt = Connection(settings)
         self._is_connected = self._has_connected = False  # now; ever
         self._is_printing = False  # which lasts as long as the reader pleases
-        self._loss: ProgramError | None = None  # why it is not connected any more
+        self._setback: ProgramError | None = None  # why it is not connected any more
         self._begin_to_wait()
         self._exchange: crypto.Exchange | None = None
         self._exchanged = 0.0  # of time.monotonic()
@@ -307,7 +308,7 @@ class Session:
 
     def timed_out(self) -> ProgramError:
         """Return the error for that."""
-        return self._loss or timed_out(self._mqtt, self._settings)
+        return self._setback or timed_out(self._mqtt, self._settings)
 
     def run(self) -> None:
         """Answer all lines. ProgramError: the line with the number in first can't be answered."""
@@ -319,11 +320,14 @@ class Session:
                         self._go_on()
                 break
             except TimeoutError as error:
+                fault = timed_out(self._mqtt, self._settings)
+                again = f"{fault}; connecting to {self._settings.broker} again was under way"
+                self._setback = ProgramError(again, fault.hint)
                 self._prepare_again(error)
             except ProgramError as error:
                 if error.is_final or not self._has_connected:
                     raise
-                self._loss = error
+                self._setback = error
                 self._prepare_again(error)
         if self._input.fault:
             raise self._input.fault
@@ -332,8 +336,9 @@ class Session:
         self._mqtt.connect()
         _, topic = topics(self._settings)
         self._mqtt.subscribe(RESPONSE.format(self._settings.netid, KEY_EXCHANGE), topic)
+        self._mqtt.stage = EXCHANGE
         self._is_connected = self._has_connected = True
-        self._loss = None
+        self._setback = None
 
     def _prepare_again(self, reason: Exception) -> None:
         """Prepare another connection, on which all is sent again that was not answered."""
@@ -386,7 +391,7 @@ class Session:
         self._exchange = self._new_exchange()
         self._mqtt.patience_ends = time.monotonic() + self._patience
         exchange_keys(self._mqtt, self._settings, self._exchange)
-        self._mqtt.stage = "the response"
+        self._mqtt.stage = ANSWER
         self._base = self.first
         self._exchanged = self._tried = time.monotonic()
         return self._exchange

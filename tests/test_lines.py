@@ -437,6 +437,24 @@ def test_without_a_responder_a_session_says_so(
     assert failed(result, 1, b"", "no responder answered the key exchange", "4 s")
 
 
+@both_suites
+def test_what_a_session_waited_for_counts_when_its_time_ends_while_it_connects_again(
+    own_broker: Mosquitto, netid: str, suite: str
+) -> None:
+    links: list[Link] = []
+
+    def pass_on(link: Link, packet: Packet, send: Send) -> None:
+        links.extend([link] if link not in links else [])
+        if link is links[0]:
+            send(packet.raw)
+
+    with relay(own_broker.port, pass_on) as port:
+        result = session(port, netid, b"one\n", "--suite", suite, "-W", "5")
+    assert len(links) == 2, "it did not connect again"
+    words = f"within 5 s; connecting to localhost port {port} again was under way"
+    assert failed(result, 1, b"", "no responder answered the key exchange", words)
+
+
 def test_a_broker_that_is_not_there_ends_a_session_at_once(netid: str) -> None:
     port = free_port()
     for option, words in (("127.0.0.1", "connection refused"), ("no.such.invalid", "cannot find")):

@@ -237,7 +237,7 @@ def test_it_answers_again_after_its_broker_was_restarted(
     assert answers(own_broker.port, netid)
     own_broker.restart()
     responder.wait_for("ready", times=2)
-    assert responder.has_said("disconnected")
+    assert responder.has_said("lost while waiting for requests")
     assert answers(own_broker.port, netid)
 
 

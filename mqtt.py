@@ -101,8 +101,8 @@ class Connection:
             reconnect_on_failure=False,
             manual_ack=True,
         )
-        client.max_inflight_messages_set(MAX_IN_FLIGHT)
-        client.max_queued_messages_set(MAX_IN_FLIGHT)
+        client.max_inflight_messages_set(0)  # all are sent at once ...
+        client.max_queued_messages_set(MAX_IN_FLIGHT)  # ... and no more than these are taken
         client.connect_timeout = settings.timeout
         if settings.username:
             client.username_pw_set(settings.username, settings.password)  # type: ignore[arg-type]
@@ -205,6 +205,7 @@ class Connection:
     def _step(self, others: Sequence[Any]) -> list[Any]:
         self._acknowledge()
         client = self._client
+        client.loop_misc()  # keep-alive: closes a connection that is dead
         sock: Any = client.socket()
         if sock is None:
             raise ConnectionError("The connection was lost")
@@ -215,7 +216,7 @@ class Connection:
         is_busy = is_pending or (self.messages and self._granted)
         timeout = 0 if is_busy else LOOP_INTERVAL
         readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
-        code = 0
+        code = client.loop_write() if writable else 0
         if sock in readable or is_pending:
             for _ in range(READS):
                 code = client.loop_read()
@@ -223,11 +224,13 @@ class Connection:
                     break
             if self._uses_tls:  # its session tickets are no packets that paho tells of
                 acknowledge_at_once(sock)
-        if code := code or (client.loop_write() if writable else 0) or client.loop_misc():
+        if code:
             import paho.mqtt.client as paho
 
             raise ConnectionError(paho.error_string(code).rstrip("."))
-        return [each for each in readable if each is not sock]
+        if sock in readable:
+            readable.remove(sock)
+        return readable
 
     def _acknowledge(self) -> None:
         """Acknowledge what came in; not at once, so that the answers to it are faster."""

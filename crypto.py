@@ -30,7 +30,6 @@ from keys import (
     private_key_pem,
     public_key_der,
     public_key_pem,
-    public_value,
     read_group,
     read_private_key,
     read_public_key,
@@ -122,12 +121,7 @@ class FernetCipher:
         """Take the key, 32 bytes."""
         from cryptography.fernet import Fernet
 
-        self._key = key
         self._fernet = Fernet(base64.urlsafe_b64encode(key))
-
-    def __reduce__(self) -> tuple[type[FernetCipher], tuple[bytes]]:
-        """Let a worker return it."""
-        return FernetCipher, (self._key,)
 
     def seal(self, topic: str, number: int, plaintext: bytes) -> bytes:
         """Return the encrypted message; a number must be used once only in each direction."""
@@ -281,16 +275,9 @@ KeyPair = DhKeyPair | X25519KeyPair
 SUITES: dict[str, Callable[[], KeyPair]] = {"dh4096": DhKeyPair, "x25519": X25519KeyPair}
 
 
-def suite_of(payload: bytes) -> str:
-    """Return the suite of the public key in a key-exchange payload.
-
-    :raises PeerKeyError: it belongs to none
-    """
-    der = public_key_der(payload)
-    if der[:-32] == X25519_PREFIX:
-        return "x25519"
-    public_value(der)
-    return "dh4096"
+def suite_of(der: bytes) -> str:
+    """Return the suite of a public key (DER), if it is valid; public_value() checks dh4096's."""
+    return "x25519" if der[:-32] == X25519_PREFIX else "dh4096"
 
 
 def load_ciphers(suite: str) -> None:

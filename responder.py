@@ -18,6 +18,7 @@ from crypto import (
     SUITES,
     Cipher,
     DhKeyPair,
+    FernetCipher,
     KeyPair,
     TokenError,
     Transcript,
@@ -25,7 +26,7 @@ from crypto import (
     load_ciphers,
     suite_of,
 )
-from keys import CryptoError, digest, read_group
+from keys import CryptoError, digest, public_key_der, public_value, read_group
 from mqtt import (
     KEY_EXCHANGE,
     LOOP_INTERVAL,
@@ -90,6 +91,13 @@ class Incoming(NamedTuple):
     arrived: float  # of time.monotonic()
 
 
+class Exchange(NamedTuple):
+    """A key exchange in the suite dh4096."""
+
+    request: Incoming
+    peer_value: int
+
+
 class Key:
     """A key that some client of a NetID has."""
 
@@ -100,7 +108,7 @@ class Key:
         self.cipher = cipher
         self.used = time.monotonic()
         self._number = -1  # of the last request, if the suite knows such
-        self._known: deque[bytes] = deque(maxlen=MAX_KNOWN_TOKENS)  # digests
+        self._known: OrderedDict[bytes, None] = OrderedDict()  # else digests of all, oldest first
 
     def open(self, topic: str, message: bytes) -> tuple[int | None, bytes]:
         """Return a request's number and plaintext. CryptoError if it is unusable.
@@ -109,10 +117,8 @@ class Key:
         answer, which a client of the lab's protocol would take for that to its next request.
         """
         number, text = self.cipher.open(topic, message)
-        is_known = digest(message) in self._known if number is None else number <= self._number
-        if is_known:
+        if not self._remember(number, message):
             raise UnusableError("out of order, or here before")
-        self._remember(number, message)
         self.used = time.monotonic()
         return number, text
 
@@ -122,11 +128,18 @@ class Key:
         self._remember(number, message)
         return message
 
-    def _remember(self, number: int | None, message: bytes) -> None:
-        if number is None:
-            self._known.append(digest(message))
-        else:
-            self._number = number
+    def _remember(self, number: int | None, message: bytes) -> bool:
+        """Tell whether a message is new, from now on no more."""
+        if number is not None:
+            is_new = number > self._number
+            self._number = max(number, self._number)
+            return is_new
+        name = digest(message)
+        is_new = name not in self._known
+        self._known[name] = None
+        if len(self._known) > MAX_KNOWN_TOKENS:
+            self._known.popitem(last=False)
+        return is_new
 
 
 class Keys:
@@ -169,9 +182,9 @@ class Calculator:
         """Return a new key pair."""
         return None, DhKeyPair()
 
-    def agree(self, key_pair: DhKeyPair, transcript: Transcript) -> tuple[Cipher, DhKeyPair]:
-        """Return the cipher of an exchange, and a new key pair for the next one."""
-        return key_pair.agree(transcript, is_client=False), DhKeyPair()
+    def derive(self, key_pair: DhKeyPair, peer_value: int) -> tuple[bytes, DhKeyPair]:
+        """Return the key of an exchange, and a new key pair for the next one."""
+        return key_pair.derive(peer_value), DhKeyPair()
 
 
 class Responder:
@@ -201,7 +214,7 @@ class Responder:
         self._is_stopped = self._is_connected = False
         self._end = float("inf")
         self._netids: OrderedDict[str, Keys] = OrderedDict()  # least recently used first
-        self._waiting: OrderedDict[str, deque[Incoming]] = OrderedDict()  # exchanges by NetID
+        self._waiting: OrderedDict[str, deque[Exchange]] = OrderedDict()  # by NetID
         self._counts = {"exchanges": 0, "requests": 0, "failures": 0}
         self._started = time.monotonic()
         self._status_at = float("inf")  # not before the first subscription
@@ -252,6 +265,7 @@ class Responder:
         self._is_connected = True
         self._status_at = time.monotonic() if settings.status_topic else float("inf")
         self._on_ready()
+        self._give_tasks()
         while not self._is_stopped:
             self._go_on(self._stopping)
         while self._waiting or any(self._busy.values()):
@@ -262,20 +276,21 @@ class Responder:
 
     def _go_on(self, *others: Any) -> None:
         """Do what there is to do now, or comes in the next moment."""
-        self._report_status()
-        self._give_tasks()
+        now = time.monotonic()
+        if now >= self._report_at:
+            self._report_losses(now)
+        if now >= self._status_at:
+            self._publish_status(now)
         for worker in self._mqtt.wait(others=[*self._idle, *self._busy, *others]):
             if worker not in others:
                 self._take_result(worker)
         while self._mqtt.messages:
             self._receive(self._mqtt.messages.popleft())
-        self._report_losses()
 
-    def _report_losses(self) -> None:
+    def _report_losses(self, now: float) -> None:
         """Say how much was dropped, or ignored without a line of its own."""
         self._dropped, self._mqtt.dropped = self._dropped + self._mqtt.dropped, 0
-        now = time.monotonic()
-        if now < self._report_at or not (self._dropped or self._ignored):
+        if not (self._dropped or self._ignored):
             return
         if self._dropped:
             log().warning("dropped count=%d reason='too many at a time'", self._dropped)
@@ -284,10 +299,7 @@ class Responder:
         self._dropped = self._ignored = 0
         self._report_at = now + REPORT_INTERVAL
 
-    def _report_status(self) -> None:
-        now = time.monotonic()
-        if now < self._status_at:
-            return
+    def _publish_status(self, now: float) -> None:
         import json
 
         uptime = round(now - self._started)
@@ -333,23 +345,25 @@ class Responder:
 
     def _exchange(self, request: Incoming) -> None:
         """Answer a key exchange now, or let it wait for its turn; CryptoError if it is unusable."""
-        suite = suite_of(request.payload)
         if self._authority:
             self._authority.verify(request.payload, request.netid, request.netid)
-        if suite == "dh4096":
-            self._enqueue(request)
+        der = public_key_der(request.payload)
+        if suite_of(der) == "dh4096":
+            self._enqueue(Exchange(request, public_value(der)))
             return
         key_pair = X25519KeyPair()
-        transcript = self._transcript(request, key_pair)
+        response = self._response(request, key_pair)
+        transcript = Transcript(request.netid, request.payload, response)
         cipher = key_pair.agree(transcript, is_client=False)
-        self._publish(request, transcript.response)
+        self._publish(request, response)
         self._keys(request.netid).add(cipher)
 
-    def _transcript(self, request: Incoming, key_pair: KeyPair) -> Transcript:
-        response = key_pair.public_key
-        if self._identity:
-            response = self._identity.sign(response, request.netid, request.payload)
-        return Transcript(request.netid, request.payload, response)
+    def _response(self, request: Incoming, key_pair: KeyPair) -> bytes:
+        """Return the payload of message 2."""
+        public_key = key_pair.public_key
+        if not self._identity:
+            return public_key
+        return self._identity.sign(public_key, request.netid, request.payload)
 
     def _keys(self, netid: str) -> Keys:
         """Return what is kept of a NetID, new if need be, which is now the most recently used."""
@@ -359,12 +373,14 @@ class Responder:
             self._netids.popitem(last=False)
         return keys
 
-    def _enqueue(self, request: Incoming) -> None:
+    def _enqueue(self, exchange: Exchange) -> None:
         """Let a key exchange wait in a short queue of its NetID, so that none delays the others."""
-        requests = self._waiting.get(request.netid, deque())
-        if len(requests) < KEYS_PER_NETID and len(self._waiting) < MAX_WAITING:
-            requests.append(request)
-            self._waiting[request.netid] = requests
+        netid = exchange.request.netid
+        exchanges = self._waiting.get(netid, deque())
+        if len(exchanges) < KEYS_PER_NETID and len(self._waiting) < MAX_WAITING:
+            exchanges.append(exchange)
+            self._waiting[netid] = exchanges
+            self._give_tasks()
         else:
             self._dropped += 1
 
@@ -372,10 +388,10 @@ class Responder:
         """Let idle workers go on with key exchanges, one of each NetID in turn, or make ready."""
         while self._idle:
             if self._waiting and self._key_pairs:
-                netid, requests = self._waiting.popitem(last=False)
-                if len(requests) > 1:
-                    self._waiting[netid] = requests
-                self._begin_exchange(requests.popleft())
+                netid, exchanges = self._waiting.popitem(last=False)
+                if len(exchanges) > 1:
+                    self._waiting[netid] = exchanges
+                self._begin(exchanges.popleft())
             elif len(self._key_pairs) + len(self._busy) < KEY_PAIR_STOCK:
                 self._give_task(None, "make_key_pair")
             else:
@@ -386,22 +402,24 @@ class Responder:
         worker.send(task, *arguments)
         self._busy[worker] = keys
 
-    def _begin_exchange(self, request: Incoming) -> None:
+    def _begin(self, exchange: Exchange) -> None:
+        request = exchange.request
         key_pair = self._key_pairs.popleft()
-        transcript = self._transcript(request, key_pair)
-        self._attempt(lambda request: self._publish(request, transcript.response), request)
+        response = self._response(request, key_pair)
+        self._attempt(lambda request: self._publish(request, response), request)
         keys = self._keys(request.netid)
         keys.coming += 1
-        self._give_task(keys, "agree", key_pair, transcript)
+        self._give_task(keys, "derive", key_pair, exchange.peer_value)
 
     def _take_result(self, worker: Worker) -> None:
-        cipher, key_pair = worker.receive()
+        key, key_pair = worker.receive()
         keys = self._busy.pop(worker)
         self._idle.append(worker)
         self._key_pairs.append(key_pair)
+        self._give_tasks()
         if keys:
             keys.coming -= 1
-            keys.add(cipher)
+            keys.add(FernetCipher(key))
             parked, keys.parked = keys.parked, []
             for request in parked:
                 self._attempt(self._answer, request)

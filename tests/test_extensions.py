@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from hostile import damaged
+from hostile import damaged, suite_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -117,7 +117,7 @@ def test_both_ends_of_a_known_signed_exchange_in_the_labs_group_derive_its_key(n
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_the_suite_of_a_known_exchange_shows_in_both_of_its_keys(name: str) -> None:
     _, *payloads = transcript(EXCHANGES[name])
-    assert [crypto.suite_of(payload) for payload in payloads] == [EXCHANGES[name]["suite"]] * 2
+    assert [suite_of(payload) for payload in payloads] == [EXCHANGES[name]["suite"]] * 2
 
 
 @pytest.mark.parametrize("name", EXCHANGES)
@@ -522,7 +522,7 @@ def test_any_of_the_names_in_a_certificate_proves_itself_and_no_other(is_client:
 @pytest.mark.parametrize("name", LOW_ORDER)
 def test_no_key_is_derived_from_a_point_of_low_order(name: str, is_client: bool) -> None:
     ours, pem = crypto.X25519KeyPair(), LOW_ORDER[name].encode()
-    assert crypto.suite_of(pem) == "x25519"
+    assert suite_of(pem) == "x25519"
     request, response = (ours.public_key, pem) if is_client else (pem, ours.public_key)
     with pytest.raises(PeerKeyError, match="of small order"):
         ours.agree(crypto.Transcript(NETID, request, response), is_client)
@@ -533,7 +533,7 @@ def test_no_key_is_derived_from_a_point_of_low_order(name: str, is_client: bool)
 def test_a_public_key_of_no_suite_is_refused(name: str, suite: str) -> None:
     pem = BAD_KEYS[name].encode()
     with pytest.raises(PeerKeyError):
-        crypto.suite_of(pem)
+        suite_of(pem)
     ours = crypto.SUITES[suite]()
     with pytest.raises(PeerKeyError, match="no valid public key"):
         ours.agree(crypto.Transcript(NETID, ours.public_key, pem), is_client=True)
@@ -645,7 +645,7 @@ def test_any_bytes_prove_a_name_or_are_a_peer_key_error(
 @given(payloads)
 def test_any_bytes_belong_to_a_suite_or_are_a_peer_key_error(payload: bytes) -> None:
     with contextlib.suppress(PeerKeyError):
-        assert crypto.suite_of(payload) in crypto.SUITES
+        assert suite_of(payload) in crypto.SUITES
 
 
 @given(payloads, st.booleans())

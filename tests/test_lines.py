@@ -42,6 +42,7 @@ from hostile import (
     in_thread,
     publish,
     relay,
+    suite_of,
 )
 
 import crypto
@@ -175,7 +176,7 @@ def own_responder(
                 return
             response = f"{netid}/{action}/response"
             if action == "key-exchange":
-                key_pair = crypto.SUITES[crypto.suite_of(payload)]()
+                key_pair = crypto.SUITES[suite_of(payload)]()
                 transcript = crypto.Transcript(netid, payload, key_pair.public_key)
                 cipher = key_pair.agree(transcript, is_client=False)
                 peer.publish(response, key_pair.public_key)

@@ -46,6 +46,7 @@ from hostile import (
     hostile_broker,
     patiently,
     relay,
+    suite_of,
 )
 from test_extensions import ODD_CERTIFICATES
 
@@ -309,7 +310,7 @@ def test_without_a_suite_it_is_the_labs_and_it_is_answered_in_kind(
         check(attacked(broker.port, *option, netid=netid, timeout=20), ANSWER)
         for direction in "request", "response":
             payload = listener.receive(f"{netid}/key-exchange/{direction}")
-            assert crypto.suite_of(payload) == suite
+            assert suite_of(payload) == suite
 
 
 def test_a_responder_may_prove_another_name(
@@ -970,7 +971,7 @@ def test_a_responder_that_demands_a_signature_answers_no_wrong_message_1_and_say
         assert f"level=WARNING event=ignored netid={netid!r}" in responder.lines[-1]
         assert reason in responder.lines[-1]
     clients.publish("alice/key-exchange/request", requester.signed("alice"))
-    assert crypto.suite_of(clients.receive("alice/key-exchange/response")) == "x25519"
+    assert suite_of(clients.receive("alice/key-exchange/response")) == "x25519"
     assert responder.stop() == 0
     assert len(responder.lines) == 1 + len(WRONG_REQUESTS)  # the first says that it is ready
 
@@ -989,7 +990,7 @@ def test_a_responder_for_one_netid_wants_its_certificate_too(
         signer = certificates.signer("alice")
         message_1 = signer.sign("alice", new_key()[1])
         mallory.publish("alice/key-exchange/request", message_1)
-        assert crypto.suite_of(mallory.next_message().payload) == "x25519"
+        assert suite_of(mallory.next_message().payload) == "x25519"
 
 
 def test_who_replays_a_signed_message_1_gets_an_answer_that_is_of_no_use(

@@ -30,7 +30,6 @@ CONNECTING, CONNACK, SUBACK = "TCP connection", "CONNACK", "SUBACK"  # the first
 QOS = 1
 KEEPALIVE = 15  # seconds of silence after which a responder asks its broker for a sign of life
 MAX_KEEPALIVE = 65_535  # seconds: 3.1.1, 3.1.2.10
-READS = 16  # times that paho reads, if so much has come, before anything else is done
 LOOP_INTERVAL = 1.0  # seconds between looks at the time, for keep-alive
 PROBE_TIME = 1.0  # seconds to find out why TLS has failed
 MAX_MESSAGES = 10_000  # received, but not handled yet; more are dropped
@@ -218,10 +217,7 @@ class Connection:
         readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
         code = client.loop_write() if writable else 0
         if sock in readable or is_pending:
-            for _ in range(READS):
-                code = client.loop_read()
-                if code or client.want_write() or not select.select([sock], [], [], 0)[0]:
-                    break
+            code = client.loop_read()
             if self._uses_tls:  # its session tickets are no packets that paho tells of
                 acknowledge_at_once(sock)
         if code:

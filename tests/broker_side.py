@@ -22,11 +22,12 @@ from typing import Any
 import conftest
 import paho.mqtt.client as paho
 import pytest
-from conftest import PROGRAM, ROOT, SAFETY
+from conftest import ROOT, SAFETY
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from hostile import changed_program
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
@@ -299,13 +300,7 @@ def change_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     """Make the test's responders wait less: give constants of a module other values."""
 
     def change(module: str, **constants: float) -> None:
-        script = tmp_path / PROGRAM.name
-        script.write_text(
-            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-            f"import {module}, {PROGRAM.stem} as program\n"
-            f"vars({module}).update({constants!r})\n"
-            "if __name__ == '__main__':\n    sys.exit(program.main())\n"
-        )
-        monkeypatch.setattr(conftest, "PROGRAM", script)
+        lines = f"import {module}\nvars({module}).update({constants!r})\n"
+        monkeypatch.setattr(conftest, "PROGRAM", changed_program(tmp_path, lines))
 
     return change

@@ -500,9 +500,9 @@ def changed_program(folder: Path, change: str) -> Path:
     """Write a program that is ours, but for a change: lines of Python."""
     path = folder / "changed.py"
     path.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         f"import crypto, mqtt, secure_mqtt_client as program\n{change}"
-        "if __name__ == '__main__':\n    sys.exit(program.main())\n"
+        "if __name__ == '__main__':\n    os._exit(program.main())\n"
     )
     return path
 

@@ -399,11 +399,11 @@ def test_a_key_exchange_is_not_completed_by(
     answer, words = KEY_ANSWERS[case]
     responder = peer(own_broker.port, "+/+/request")
     port = str(own_broker.port)
-    with started("-p", port, "-W", "1", netid, "reverse", "abc") as process:
+    with started("-p", port, "-W", "2", netid, "reverse", "abc") as process:
         payload = answer(responder.receive(f"{netid}/key-exchange/request"))
         if payload is not None:
             responder.publish(f"{netid}/key-exchange/response", payload)
-        assert failed(finish(process), words, f"{netid}/key-exchange/response within 1 s")
+        assert failed(finish(process), words, f"{netid}/key-exchange/response within 2 s")
 
 
 def test_retained_answers_are_ignored(own_broker: Mosquitto, peer: Connect, netid: str) -> None:

@@ -107,8 +107,8 @@ class Key:
         """Take the cipher of an exchange."""
         self.cipher = cipher
         self.used = time.monotonic()
-        self._number = -1  # of the last request, if the suite knows such
-        self._known: OrderedDict[bytes, None] = OrderedDict()  # else digests of all, oldest first
+        self._number = -1  # of the last request, if the suite numbers them
+        self._known: OrderedDict[bytes, None] = OrderedDict()  # else digests of tokens, in order
 
     def open(self, topic: str, message: bytes) -> tuple[int | None, bytes]:
         """Return a request's number and plaintext. CryptoError if it is unusable.

@@ -119,9 +119,10 @@ class FernetCipher:
 
     def __init__(self, key: bytes) -> None:
         """Take the key, 32 bytes."""
-        from cryptography.fernet import Fernet
+        from cryptography.fernet import Fernet, InvalidToken
 
         self._fernet = Fernet(base64.urlsafe_b64encode(key))
+        self._refusal = InvalidToken  # so that open() need not import it each time
 
     def seal(self, topic: str, number: int, plaintext: bytes) -> bytes:
         """Return the encrypted message; a number must be used once only in each direction."""
@@ -132,13 +133,11 @@ class FernetCipher:
 
         :raises TokenError: the other end has not sealed this for this topic
         """
-        from cryptography.fernet import InvalidToken
-
         if not _is_canonical(message):
             raise TokenError("not a Fernet token")
         try:
             return None, self._fernet.decrypt(message)
-        except InvalidToken:
+        except self._refusal:
             raise TokenError("not encrypted with our key") from None
 
 

@@ -26,7 +26,7 @@ from crypto import (
     load_ciphers,
     suite_of,
 )
-from keys import CryptoError, digest, public_key_der, public_value, read_group
+from keys import CryptoError, public_key_der, public_value, read_group
 from mqtt import (
     KEY_EXCHANGE,
     LOOP_INTERVAL,
@@ -47,6 +47,7 @@ MAX_NETIDS = 10_000  # the least recently used is forgotten first
 KEYS_PER_NETID = 8  # so many clients can use a NetID at the same time
 KEY_LIFETIME = 60.0  # seconds without use until a key is forgotten that has a successor
 MAX_KNOWN_TOKENS = 200  # of a key: the requests until our client renews it, and the responses
+HMAC_SIZE = 44  # characters at the end of a token: its HMAC-SHA256, which no other token has
 MAX_WAITING = 1_000  # NetIDs whose key exchanges wait for their turn
 KEY_PAIR_STOCK = 32  # made ahead, so that this many clients can come at once
 REPORT_INTERVAL = 1.0  # seconds between warnings of how much was dropped
@@ -108,7 +109,7 @@ class Key:
         self.cipher = cipher
         self.used = time.monotonic()
         self._number = -1  # of the last request, if the suite numbers them
-        self._known: OrderedDict[bytes, None] = OrderedDict()  # else digests of tokens, in order
+        self._known: OrderedDict[bytes, None] = OrderedDict()  # else the ends of tokens, in order
 
     def open(self, topic: str, message: bytes) -> tuple[int | None, bytes]:
         """Return a request's number and plaintext. CryptoError if it is unusable.
@@ -134,9 +135,9 @@ class Key:
             is_new = number > self._number
             self._number = max(number, self._number)
             return is_new
-        name = digest(message)
-        is_new = name not in self._known
-        self._known[name] = None
+        end = message[-HMAC_SIZE:]
+        is_new = end not in self._known
+        self._known[end] = None
         if len(self._known) > MAX_KNOWN_TOKENS:
             self._known.popitem(last=False)
         return is_new

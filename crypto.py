@@ -30,6 +30,7 @@ from keys import (
     private_key_pem,
     public_key_der,
     public_key_pem,
+    public_value,
     read_group,
     read_private_key,
     read_public_key,
@@ -274,9 +275,13 @@ KeyPair = DhKeyPair | X25519KeyPair
 SUITES: dict[str, Callable[[], KeyPair]] = {"dh4096": DhKeyPair, "x25519": X25519KeyPair}
 
 
-def suite_of(der: bytes) -> str:
-    """Return the suite of a public key (DER), if it is valid; public_value() checks dh4096's."""
-    return "x25519" if der[:-32] == X25519_PREFIX else "dh4096"
+def peer_value(payload: bytes) -> int | None:
+    """Return the public value in a key-exchange payload of dh4096, or None for one of x25519.
+
+    :raises PeerKeyError: its key belongs to no suite
+    """
+    der = public_key_der(payload)
+    return None if der[:-32] == X25519_PREFIX else public_value(der)
 
 
 def load_ciphers(suite: str) -> None:

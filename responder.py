@@ -24,9 +24,9 @@ from crypto import (
     Transcript,
     X25519KeyPair,
     load_ciphers,
-    suite_of,
+    peer_value,
 )
-from keys import CryptoError, public_key_der, public_value, read_group
+from keys import CryptoError, read_group
 from mqtt import (
     KEY_EXCHANGE,
     LOOP_INTERVAL,
@@ -47,7 +47,7 @@ MAX_NETIDS = 10_000  # the least recently used is forgotten first
 KEYS_PER_NETID = 8  # so many clients can use a NetID at the same time
 KEY_LIFETIME = 60.0  # seconds without use until a key is forgotten that has a successor
 MAX_KNOWN_TOKENS = 200  # of a key: the requests until our client renews it, and the responses
-HMAC_SIZE = 44  # characters at the end of a token: its HMAC-SHA256, which no other token has
+TOKEN_END = 44  # characters: 31 bytes at least of a token's HMAC-SHA256, which no other has
 MAX_WAITING = 1_000  # NetIDs whose key exchanges wait for their turn
 KEY_PAIR_STOCK = 32  # made ahead, so that this many clients can come at once
 REPORT_INTERVAL = 1.0  # seconds between warnings of how much was dropped
@@ -92,8 +92,8 @@ class Incoming(NamedTuple):
     arrived: float  # of time.monotonic()
 
 
-class Exchange(NamedTuple):
-    """A key exchange in the suite dh4096."""
+class WaitingExchange(NamedTuple):
+    """A key exchange in the suite dh4096, which waits for a worker."""
 
     request: Incoming
     peer_value: int
@@ -135,7 +135,7 @@ class Key:
             is_new = number > self._number
             self._number = max(number, self._number)
             return is_new
-        end = message[-HMAC_SIZE:]
+        end = message[-TOKEN_END:]
         is_new = end not in self._known
         self._known[end] = None
         if len(self._known) > MAX_KNOWN_TOKENS:
@@ -215,7 +215,7 @@ class Responder:
         self._is_stopped = self._is_connected = False
         self._end = float("inf")
         self._netids: OrderedDict[str, Keys] = OrderedDict()  # least recently used first
-        self._waiting: OrderedDict[str, deque[Exchange]] = OrderedDict()  # by NetID
+        self._waiting: OrderedDict[str, deque[WaitingExchange]] = OrderedDict()  # by NetID
         self._counts = {"exchanges": 0, "requests": 0, "failures": 0}
         self._started = time.monotonic()
         self._status_at = float("inf")  # not before the first subscription
@@ -346,11 +346,11 @@ class Responder:
 
     def _exchange(self, request: Incoming) -> None:
         """Answer a key exchange now, or let it wait for its turn; CryptoError if it is unusable."""
+        value = peer_value(request.payload)
         if self._authority:
             self._authority.verify(request.payload, request.netid, request.netid)
-        der = public_key_der(request.payload)
-        if suite_of(der) == "dh4096":
-            self._enqueue(Exchange(request, public_value(der)))
+        if value is not None:
+            self._enqueue(WaitingExchange(request, value))
             return
         key_pair = X25519KeyPair()
         response = self._response(request, key_pair)
@@ -374,7 +374,7 @@ class Responder:
             self._netids.popitem(last=False)
         return keys
 
-    def _enqueue(self, exchange: Exchange) -> None:
+    def _enqueue(self, exchange: WaitingExchange) -> None:
         """Let a key exchange wait in a short queue of its NetID, so that none delays the others."""
         netid = exchange.request.netid
         exchanges = self._waiting.get(netid, deque())
@@ -403,7 +403,7 @@ class Responder:
         worker.send(task, *arguments)
         self._busy[worker] = keys
 
-    def _begin(self, exchange: Exchange) -> None:
+    def _begin(self, exchange: WaitingExchange) -> None:
         request = exchange.request
         key_pair = self._key_pairs.popleft()
         response = self._response(request, key_pair)

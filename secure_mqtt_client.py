@@ -320,9 +320,7 @@ class Session:
                         self._go_on()
                 break
             except TimeoutError as error:
-                fault = timed_out(self._mqtt, self._settings)
-                again = f"{fault}; connecting to {self._settings.broker} again was under way"
-                self._setback = ProgramError(again, fault.hint)
+                self._setback = self._stall()
                 self._prepare_again(error)
             except ProgramError as error:
                 if error.is_final or not self._has_connected:
@@ -331,6 +329,12 @@ class Session:
                 self._prepare_again(error)
         if self._input.fault:
             raise self._input.fault
+
+    def _stall(self) -> ProgramError:
+        """Return what to say if the time is over before it is connected again."""
+        fault = timed_out(self._mqtt, self._settings)
+        again = f"connecting to {self._settings.broker} again was under way"
+        return ProgramError(f"{fault}; {again}", fault.hint)
 
     def _connect(self) -> None:
         self._mqtt.connect()

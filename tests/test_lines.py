@@ -445,7 +445,8 @@ def test_what_a_session_waited_for_counts_when_its_time_ends_while_it_connects_a
     links: list[Link] = []
 
     def pass_on(link: Link, packet: Packet, send: Send) -> None:
-        links.extend([link] if link not in links else [])
+        if link not in links:
+            links.append(link)
         if link is links[0]:
             send(packet.raw)
 

@@ -145,7 +145,7 @@ def _signature_blocks(payload: bytes) -> list[bytes]:
     """
     blocks = [*pem_blocks(payload)]
     labels = [label for label, _ in blocks]
-    if SIGNATURE not in labels or CERTIFICATE not in labels:
+    if SIGNATURE not in labels:
         raise PeerKeyError("not signed")
     start = labels.index(CERTIFICATE)
     if labels[start:-1] != [CERTIFICATE] * (len(labels) - start - 1) or labels[-1] != SIGNATURE:

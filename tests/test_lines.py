@@ -502,7 +502,7 @@ def test_ctrl_c_ends_a_session_quietly(broker: Mosquitto, netid: str, lines: lis
 
 def answered(responder: ResponderProcess, netid: str, action: str) -> int:
     """Return how many messages a responder has answered, as it says."""
-    text = f"answered netid={netid!r} action={action} "
+    text = f'answered netid="{netid}" action="{action}" '
     return sum(text in line for line in responder.lines)
 
 

@@ -84,7 +84,7 @@ class Authority:
         except CERTIFICATE_ERRORS:
             raise KeyFileError("holds no certificate in PEM") from None
 
-    def verify(self, payload: bytes, netid: str, name: str, request: bytes | None = None) -> None:
+    def verify(self, payload: bytes, netid: str, name: str, request: bytes | None = None) -> float:
         """Check who has signed message 1 or, if that is given as request, message 2.
 
         :param payload: that message, whole
@@ -100,6 +100,7 @@ class Authority:
             self._check_certificate(leaf, others, name, is_client=request is None)
             key: Any = leaf.public_key()
             key.verify(signature, signed_bytes, *_signature_scheme(key))
+            return float("inf")
         except exceptions.InvalidSignature:
             raise PeerKeyError("its signature does not match") from None
         except PeerKeyError:

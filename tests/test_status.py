@@ -115,7 +115,7 @@ def test_the_status_is_published_again_and_again(
     peer: Connect,
     change_program: Callable[..., None],
 ) -> None:
-    change_program("responder", STATUS_INTERVAL=0.2)
+    change_program("status", INTERVAL=0.2)
     watcher = peer(own_broker.port, TOPIC)
     start_responder(f"-p{own_broker.port}", OPTION)
     first = parse(watcher.receive(TOPIC))

@@ -10,6 +10,7 @@
 # DIR/ca.key      its key; whoever has it can be anyone: keep it off the broker
 # DIR/NAME.crt    subject CN=NAME, DNS name NAME
 # DIR/NAME.key    its key: EC P-256, not encrypted, mode 0600
+# DIR/NAME.pem    both, mode 0600: the file for --identity
 #
 # What a certificate is for follows from its name:
 #
@@ -17,8 +18,9 @@
 #     responder                          TLS client, and server: see below
 #     any other                          a NetID: TLS client only
 #
-# Run it again to add names: the CA stays. It overwrites nothing: to renew a
-# certificate, move the old pair away first. It makes all the names or none.
+# It lists the files that it made on stdout. Run it again to add names: the CA
+# stays. It overwrites nothing: to renew a certificate, move the three old files
+# away first. It makes all the names or none.
 # Exit status: 0 done, 1 failed, 2 wrong usage; then nothing was changed.
 #
 # To change: the two periods of validity below.
@@ -50,9 +52,11 @@ check_name() {
 }
 
 check_new() {
-    [[ ! -e $dir/$1.crt && ! -e $dir/$1.key ]] ||
-        die 1 "$dir/$1.crt or $dir/$1.key exists; nothing was changed" \
-            "move them away to make new ones, or leave '$1' out"
+    local file
+    for file in "$dir/$1".{crt,key,pem}; do
+        [[ ! -e $file ]] || die 1 "$file exists; nothing was changed" \
+            "move the old files of '$1' away to make new ones, or leave it out"
+    done
 }
 
 # The extensions of NAME's certificate in openssl's terms (RFC 5280, 4.2). A responder is a client
@@ -94,6 +98,7 @@ make_leaf() { # NAME CA (its files, without their endings)
     run_openssl x509 -req -in "$new/leaf.csr" -sha256 -days "$leaf_days" \
         -CA "$2.crt" -CAkey "$2.key" -set_serial "0x$(openssl rand -hex 16)" \
         -extfile "$new/leaf.cnf" -out "$new/$1.crt"
+    cat "$new/$1.crt" "$new/$1.key" >"$new/$1.pem"
 }
 
 if [[ ${1-} == -h || ${1-} == --help ]]; then
@@ -130,15 +135,20 @@ subjectKeyIdentifier = hash
 END
 
 ca=$dir/ca
+made=()
 if [[ ! -e $ca.crt && ! -e $ca.key ]]; then
     ca=$new/ca
     make_ca
+    made=("$dir"/ca.{crt,key})
 elif [[ ! -e $ca.crt || ! -e $ca.key ]]; then
     die 1 "$dir has only one of ca.crt and ca.key" "put the other back, or use another directory"
 fi
-for name in "$@"; do make_leaf "$name" "$ca"; done
+for name in "$@"; do
+    make_leaf "$name" "$ca"
+    made+=("$dir/$name".{crt,key,pem})
+done
 
 trap '' HUP INT TERM # from here on it is done whole
 chmod 644 "$new"/*.crt
-mv -- "$new"/*.key "$new"/*.crt "$dir/"
-for name in "$@"; do printf '%s\n' "$dir/$name.crt" "$dir/$name.key"; done
+mv -- "$new"/*.{crt,key,pem} "$dir/"
+printf '%s\n' "${made[@]}"

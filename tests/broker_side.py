@@ -76,7 +76,9 @@ def issue(
     begins: timedelta = timedelta(minutes=-1),
     ends: timedelta = timedelta(hours=1),
 ) -> None:
-    """Write a certificate and its key, replacing what is there, as generate-certs.sh would not.
+    """Write a certificate, its key and both, replacing what is there.
+
+    So generate-certs.sh would not.
 
     :param begins: when it becomes valid, from now
     """
@@ -102,14 +104,13 @@ def issue(
         dns_names = x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
         builder = builder.add_extension(dns_names, False)
     certificate = builder.sign(issuers_key, hashes.SHA256())
-    (directory / f"{file}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (directory / f"{file}.key").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
+    pem = serialization.Encoding.PEM
+    in_pem = certificate.public_bytes(pem)
+    key_in_pem = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+    for end, content in (("crt", in_pem), ("key", key_in_pem), ("pem", in_pem + key_in_pem)):
+        (directory / f"{file}.{end}").write_bytes(content)
 
 
 def context(certificates: Path, name: str | None = None) -> ssl.SSLContext:

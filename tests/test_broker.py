@@ -177,28 +177,47 @@ def test_the_ca_signs_certificates_and_no_other_certificate_can(certificates: Pa
 
 def test_keys_are_for_their_owner_alone_and_certificates_for_all(certificates: Path) -> None:
     modes = {path.name: path.stat().st_mode & 0o777 for path in certificates.iterdir()}
-    assert {mode for name, mode in modes.items() if name.endswith(".key")} == {0o600}
+    assert {mode for name, mode in modes.items() if name.endswith((".key", ".pem"))} == {0o600}
     assert {mode for name, mode in modes.items() if name.endswith(".crt")} == {0o644}
-    assert all(name.endswith((".key", ".crt")) for name in modes)
+    assert all(name.endswith((".key", ".pem", ".crt")) for name in modes)
+
+
+@pytest.mark.parametrize("name", ["alice", "responder", "localhost"])
+def test_a_names_pem_is_its_certificate_and_then_its_key(certificates: Path, name: str) -> None:
+    certificate, key, both = (
+        (certificates / f"{name}.{end}").read_bytes() for end in ("crt", "key", "pem")
+    )
+    assert both == certificate + key
+
+
+def test_the_files_that_were_made_are_listed(tmp_path: Path) -> None:
+    directory = tmp_path / "with a space"
+    for names, new in ((["alice", "bob"], ["ca.crt", "ca.key"]), (["carol"], [])):
+        listed = generate(directory, *names).stdout.splitlines()
+        own = [f"{name}.{end}" for name in names for end in ("crt", "key", "pem")]
+        assert listed == [f"{directory}/{file}" for file in (*new, *own)]
+        assert all(map(os.path.isfile, listed))
 
 
 def test_a_second_run_adds_names_and_keeps_the_rest(own: Path) -> None:
     before = snapshot(own)
     made(own, "carol", "dave")
     after = snapshot(own)
-    assert after.keys() - before.keys() == {"carol.crt", "carol.key", "dave.crt", "dave.key"}
+    assert after.keys() - before.keys() == {
+        f"{name}.{end}" for name in ("carol", "dave") for end in ("crt", "key", "pem")
+    }
     assert all(after[name] == content for name, content in before.items())
     assert verifies_as_client(own, "carol")
 
 
-@pytest.mark.parametrize("left", ["alice.crt", "alice.key"])
+@pytest.mark.parametrize("left", ["alice.crt", "alice.key", "alice.pem"])
 def test_an_existing_name_is_refused_and_nothing_changed(own: Path, left: str) -> None:
-    (own / ({"alice.crt", "alice.key"} - {left}).pop()).unlink()
+    for file in {"alice.crt", "alice.key", "alice.pem"} - {left}:
+        (own / file).unlink()
     before = snapshot(own)
     result = generate(own, "carol", "alice")
     assert result.returncode == 1
-    assert "alice.crt or" in result.stderr
-    assert "exists" in result.stderr
+    assert f"{left} exists" in result.stderr
     assert snapshot(own) == before
 
 

@@ -12,6 +12,9 @@
 # DIR/NAME.key    its key: EC P-256, not encrypted, mode 0600
 # DIR/NAME.pem    both, mode 0600: the file for --identity
 #
+# DIR is made if need be. It has to be your own, and nobody else may be able to
+# write to it, or to put something else in its place.
+#
 # What a certificate is for follows from its name:
 #
 #     localhost, or a name with a dot    a broker's host name: TLS server only
@@ -31,11 +34,8 @@ export LC_ALL=C # so that [a-z] is 26 letters
 ca_days=3650
 leaf_days=365
 
-die() { # STATUS MESSAGE [HINT]
-    printf 'generate-certs.sh: error: %s\n' "$2" >&2
-    [[ -z ${3-} ]] || printf 'hint: %s\n' "$3" >&2
-    exit "$1"
-}
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 # A name becomes a file name, a line for openssl, a user name and a topic level, so it has to be
 # harmless as each: above all no "/", "+" or "#", which an access rule could take for others' topics.
@@ -51,10 +51,14 @@ check_name() {
     [[ $1 != ca && $1 != status ]] || die 2 "the name '$1' is reserved"
 }
 
+exists() { # even as a link that leads nowhere
+    [[ -e $1 || -L $1 ]]
+}
+
 check_new() {
     local file
-    for file in "$dir/$1".{crt,key,pem}; do
-        [[ ! -e $file ]] || die 1 "$file exists; nothing was changed" \
+    for file in "$1".{crt,key,pem}; do
+        ! exists "$file" || die 1 "$dir/$file exists; nothing was changed" \
             "move the old files of '$1' away to make new ones, or leave it out"
     done
 }
@@ -102,7 +106,7 @@ make_leaf() { # NAME CA (its files, without their endings)
 }
 
 if [[ ${1-} == -h || ${1-} == --help ]]; then
-    sed -n '3,/^$/s/^# \{0,1\}//p' "$0"
+    show_help
     exit
 fi
 (($# >= 2)) || die 2 "usage: generate-certs.sh DIR NAME..."
@@ -114,10 +118,12 @@ command -v openssl >/dev/null || die 1 "openssl is not installed" "apt install o
 
 # All is made in a directory of its own and moved at the end, so that a failure leaves nothing.
 # That directory is also the lock that keeps two runs apart.
-new=$dir/.new
-mkdir -p -- "$dir"
+new=.new
+check_way "$dir"
+(umask go-w && mkdir -p -- "$dir")
+enter "$dir"
 umask 077
-mkdir -- "$new" || die 1 "cannot make $new" \
+mkdir -- "$new" || die 1 "cannot make $dir/$new" \
     "if it exists, another run is at work; if none is, one was killed: remove it"
 trap 'rm -rf -- "$new"' EXIT
 trap 'exit 130' HUP INT TERM
@@ -134,14 +140,16 @@ keyUsage = critical, keyCertSign, cRLSign
 subjectKeyIdentifier = hash
 END
 
-ca=$dir/ca
+ca=ca
 made=()
-if [[ ! -e $ca.crt && ! -e $ca.key ]]; then
+if ! exists $ca.crt && ! exists $ca.key; then
     ca=$new/ca
     make_ca
     made=("$dir"/ca.{crt,key})
-elif [[ ! -e $ca.crt || ! -e $ca.key ]]; then
+elif ! exists $ca.crt || ! exists $ca.key; then
     die 1 "$dir has only one of ca.crt and ca.key" "put the other back, or use another directory"
+else
+    for file in ca.{crt,key}; do check_file "$file" "$dir/$file"; done
 fi
 for name in "$@"; do
     make_leaf "$name" "$ca"
@@ -150,5 +158,5 @@ done
 
 trap '' HUP INT TERM # from here on it is done whole
 chmod 644 "$new"/*.crt
-mv -- "$new"/*.{crt,key,pem} "$dir/"
+mv -- "$new"/*.{crt,key,pem} .
 printf '%s\n' "${made[@]}"

@@ -124,12 +124,14 @@ def context(certificates: Path, name: str | None = None) -> ssl.SSLContext:
 # --- broker/start ------------------------------------------------------------------------------
 
 
+PORTS = ("PLAIN_PORT", "TLS_PORT", "PROXY_PORT", "PASSWORD_PORT")
+
+
 def free_ports() -> dict[str, str]:
     """Return the environment that gives broker/start free ports."""
     with ExitStack() as stack:
-        names = ("PLAIN_PORT", "TLS_PORT", "PROXY_PORT", "PASSWORD_PORT")
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in names]
-        return {name: str(s.getsockname()[1]) for name, s in zip(names, servers, strict=True)}
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in PORTS]
+        return {name: str(s.getsockname()[1]) for name, s in zip(PORTS, servers, strict=True)}
 
 
 @contextmanager
@@ -146,13 +148,23 @@ def killed_at_timeout(process: subprocess.Popen[str]) -> Iterator[None]:
 class BrokerSide:
     """A running `broker/start`: its directory, its ports and the first line that it wrote."""
 
-    def __init__(self, directory: Path, ports: dict[str, str], script: Path, **options: Any):
+    def __init__(
+        self,
+        directory: Path,
+        env: dict[str, str],
+        script: Path = BROKER / "start",
+        **options: Any,
+    ) -> None:
+        """Start it.
+
+        :param env: the ports, and whatever else is to be in the environment
+        """
         self.directory = directory
-        self.ports = ports
-        self.plain, self.tls, self.proxy, self.password = map(int, ports.values())
+        self.ports = {name: env[name] for name in PORTS}
+        self.plain, self.tls, self.proxy, self.password = map(int, self.ports.values())
         self.process: subprocess.Popen[str] = subprocess.Popen(
             [script, directory],
-            env=os.environ | ports,
+            env=os.environ | env,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -160,8 +172,12 @@ class BrokerSide:
         )
         assert self.process.stderr
         self.stderr = self.process.stderr
+        self.line = self.next_line()
+
+    def next_line(self) -> str:
+        """Return the next line of its stderr."""
         with killed_at_timeout(self.process):
-            self.line = self.stderr.readline()
+            return self.stderr.readline()
 
     def ended(self) -> tuple[int, str]:
         """Wait for its end and return its exit status and the rest of its stderr."""
@@ -179,12 +195,11 @@ class BrokerSide:
 def started(
     directory: Path,
     ports: dict[str, str] | None = None,
-    script: Path = BROKER / "start",
     **options: Any,
 ) -> Iterator[BrokerSide]:
     """Run `broker/start DIR` from its first line to the end of the block."""
     for _ in range(5):  # another program may take one of the ports before the broker does
-        broker = BrokerSide(directory, ports or free_ports(), script, **options)
+        broker = BrokerSide(directory, ports or free_ports(), **options)
         try:
             if "in use" not in broker.line:
                 yield broker

@@ -16,7 +16,7 @@ import ssl
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -49,15 +49,12 @@ broker, certificates, own = broker_side.running, broker_side.certificates, broke
 
 def refused(directory: Path, **env: str) -> tuple[int, str]:
     """Run a `broker/start` that cannot start: its exit status and stderr."""
-    result = subprocess.run(
-        [BROKER / "start", directory],
-        env=os.environ | free_ports() | env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=SAFETY,
-    )
-    return result.returncode, result.stderr
+    broker = BrokerSide(directory, free_ports() | env)
+    if broker.line.startswith("ready"):
+        broker.stop()
+        pytest.fail("it started")
+    status, rest = broker.ended()
+    return status, broker.line + rest
 
 
 def children(of: BrokerSide) -> dict[str, int]:
@@ -72,6 +69,10 @@ def children(of: BrokerSide) -> dict[str, int]:
 
 def user_of(pid: int) -> int:
     return Path(f"/proc/{pid}").stat().st_uid
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def round_trip(netid: str, client: Client, responder: Client) -> None:
@@ -108,10 +109,6 @@ def verifies_as_server(
     except verification.VerificationError:
         return False
     return True
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -283,6 +280,187 @@ def test_two_runs_at_once_keep_out_of_each_others_way(own: Path) -> None:
     assert "another run is at work" in result.stderr
     assert (own / ".new").exists()
     assert not (own / "carol.crt").exists()
+
+
+# --- Other users of the same machine -----------------------------------------------------------
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+def given_away(path: Path) -> Path:
+    """Make another user the owner: of a link, not of what it leads to."""
+    os.chown(path, pwd.getpwnam("nobody").pw_uid, -1, follow_symlinks=False)
+    return path
+
+
+def with_mode(path: Path, mode: int) -> Path:
+    path.chmod(mode)
+    return path
+
+
+def below(parent: str, directory: Path) -> Path:
+    """Move a directory into a new one beside it, and return that one."""
+    above = directory.with_name(parent)
+    above.mkdir()
+    directory.rename(above / directory.name)
+    return above
+
+
+def link_to(path: Path) -> Path:
+    link = path.with_name(f"link to {path.name}")
+    link.symlink_to(path)
+    return link
+
+
+Change = Callable[[Path], Path]
+DIRECTORIES: dict[str, Change] = {
+    "group can write": lambda own: with_mode(own, 0o775),
+    "all can write": lambda own: with_mode(own, 0o757),
+    "all can write, sticky": lambda own: with_mode(own, 0o1777),
+    "group can write, by a link": lambda own: link_to(with_mode(own, 0o775)),
+    "in one that all can write": lambda own: with_mode(below("open", own), 0o777) / own.name,
+}
+ANOTHERS_DIRECTORIES: dict[str, Change] = {
+    "another's": given_away,
+    "another's, by a link": lambda own: link_to(given_away(own)),
+    "by another's link": lambda own: given_away(link_to(own)),
+    "in another's": lambda own: given_away(below("home", own)) / own.name,
+    "below another's link": lambda own: given_away(link_to(below("mine", own))) / own.name,
+}
+
+
+def cases(all_users: dict[str, Change], root_only: dict[str, Change]) -> pytest.MarkDecorator:
+    """Parametrise a test with changes to a path that make it unsafe."""
+    params = [pytest.param(change, id=name) for name, change in all_users.items()]
+    params += [pytest.param(root_only[name], id=name, marks=as_root) for name in root_only]
+    return pytest.mark.parametrize("change", params)
+
+
+@cases(DIRECTORIES, ANOTHERS_DIRECTORIES)
+@pytest.mark.parametrize("script", ["start", "generate-certs.sh"])
+def test_a_directory_that_others_can_change_is_refused(
+    own: Path, script: str, change: Change
+) -> None:
+    directory = change(own)
+    before = sorted(own.parent.rglob("*"))
+    if script == "start":
+        status, stderr = refused(directory)
+    else:
+        result = generate(directory, "carol")
+        status, stderr = result.returncode, result.stderr
+    assert status == 1
+    assert "belongs to another user, or" in stderr or "is not your own, or" in stderr
+    assert "hint: " in stderr
+    assert sorted(own.parent.rglob("*")) == before
+
+
+def test_a_directory_may_be_named_by_a_link_of_ones_own(own: Path) -> None:
+    link = link_to(own)
+    made(link, "carol")
+    with started(link) as broker:
+        assert broker.line.startswith("ready"), broker.line
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_nobody_else_can_write_to_a_directory_that_was_made(tmp_path: Path, umask: int) -> None:
+    directory = tmp_path / "one" / "certs"
+    command: list[str | Path] = [BROKER / "generate-certs.sh", directory, "alice"]
+    subprocess.run(command, umask=umask, check=True, capture_output=True, timeout=SAFETY)
+    assert [path.stat().st_mode & 0o777 for path in (directory, directory.parent)] == [
+        0o755 & ~umask
+    ] * 2
+
+
+FILES: dict[str, Change] = {
+    "a link": lambda path: link_to(path.rename(path.with_name("target"))).rename(path),
+    "group can write": lambda path: with_mode(path, 0o660),
+    "all can write": lambda path: with_mode(path, 0o606),
+}
+ANOTHERS_FILES: dict[str, Change] = {"another's": given_away}
+
+
+@cases(FILES, ANOTHERS_FILES)
+@pytest.mark.parametrize("name", ["ca.crt", "localhost.key", "passwords"])
+def test_a_file_that_others_may_have_chosen_is_not_used(
+    own: Path, name: str, change: Change
+) -> None:
+    (own / "passwords").touch(0o600)
+    change(own / name)
+    status, stderr = refused(own)
+    assert status == 1
+    assert f"{own / name} is a link, not your own, or others can write to it\nhint: " in stderr
+
+
+@cases(FILES, ANOTHERS_FILES)
+@pytest.mark.parametrize("name", ["ca.crt", "ca.key"])
+def test_an_authority_that_others_may_have_chosen_is_not_used(
+    own: Path, name: str, change: Change
+) -> None:
+    change(own / name)
+    result = generate(own, "carol")
+    assert result.returncode == 1
+    assert f"{own / name} is a link, not your own, or others can write to it\n" in result.stderr
+    assert not (own / "carol.crt").exists()
+
+
+@pytest.mark.parametrize("name", ["ca.crt", "ca.key", "carol.crt", "carol.key", "carol.pem"])
+def test_no_certificate_or_key_is_written_where_a_link_leads(
+    own: Path, tmp_path: Path, name: str
+) -> None:
+    if name.startswith("ca."):
+        for file in own.glob("ca.*"):
+            file.unlink()
+    (own / name).symlink_to(tmp_path / "elsewhere")
+    assert generate(own, "carol").returncode == 1
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("run", ["a directory", "a link"])
+def test_what_lies_in_the_place_of_run_is_removed_and_its_links_are_not_followed(
+    own: Path, tmp_path: Path, run: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    files = ("mosquitto.conf", "nginx.conf", "acl", "localhost.key", "mosquitto.log", "nginx.pid")
+    for name in files:
+        (victim / name).write_text("precious")
+    if run == "a directory":
+        (own / "run").mkdir()
+        for name in files:
+            (own / "run" / name).symlink_to(victim / name)
+    else:
+        (own / "run").symlink_to(victim)
+    if os.geteuid() == 0:
+        given_away(own / "run")
+    before = snapshot(victim)
+    with started(own) as broker:
+        assert broker.line.startswith("ready"), broker.line
+        assert not (own / "run").is_symlink()
+        assert (own / "run").stat().st_uid == os.geteuid()
+        assert not any(path.is_symlink() for path in (own / "run").iterdir())
+    assert snapshot(victim) == before
+
+
+def test_a_second_start_leaves_the_first_alone(own: Path) -> None:
+    with started(own) as broker:
+        status, stderr = refused(own)
+        assert status == 1
+        assert f"another broker/start is at work on {own}" in stderr
+        assert talk(broker.proxy, context(own, "alice")) == ACCEPTED
+        assert (own / "run" / "acl").exists()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640])
+def test_passwords_that_others_can_read_are_made_private(own: Path, mode: int) -> None:
+    passwords = own / "passwords"
+    passwords.touch(mode)
+    passwords.chmod(mode)
+    with started(own) as broker:
+        assert broker.line.startswith("start: warning: others could read")
+        assert str(passwords) in broker.line
+        assert broker.next_line().startswith("ready")
+        assert passwords.stat().st_mode & 0o777 == 0o600
+        assert (own / "run" / "passwords").stat().st_mode & 0o777 == 0o600
 
 
 # --- Who gets in -------------------------------------------------------------------------------

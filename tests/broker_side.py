@@ -157,11 +157,13 @@ class BrokerSide:
     ) -> None:
         """Start it.
 
-        :param env: the ports, and whatever else is to be in the environment
+        :param env: the ports, "" for none, and what else is to be in the environment
         """
         self.directory = directory
         self.ports = {name: env[name] for name in PORTS}
-        self.plain, self.tls, self.proxy, self.password = map(int, self.ports.values())
+        self.plain, self.tls, self.proxy, self.password = (
+            int(port or 0) for port in self.ports.values()
+        )
         self.process: subprocess.Popen[str] = subprocess.Popen(
             [script, directory],
             env=os.environ | env,

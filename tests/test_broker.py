@@ -513,10 +513,16 @@ CONNECT = bytes.fromhex("100c 00044d515454 04 02 003c 0000")
 ACCEPTED = bytes.fromhex("20020000")
 
 
-def talk(port: int, tls: ssl.SSLContext, sent: bytes = CONNECT, name: str = "localhost") -> bytes:
+def talk(
+    port: int,
+    tls: ssl.SSLContext,
+    sent: bytes = CONNECT,
+    name: str = "localhost",
+    host: str = "127.0.0.1",
+) -> bytes:
     """Send to a TLS port and return the answer."""
     with (
-        socket.create_connection(("127.0.0.1", port), SAFETY) as plain,
+        socket.create_connection((host, port), SAFETY) as plain,
         tls.wrap_socket(plain, server_hostname=name) as secure,
     ):
         secure.sendall(sent)
@@ -808,19 +814,58 @@ def test_the_programs_get_copies_for_them_alone_and_not_the_ca_key(broker: Broke
     assert not (run / "ca.key").exists()
 
 
-def test_the_configuration_is_changed_as_its_head_says(own: Path, tmp_path: Path) -> None:
-    (own / "mqtt.example.edu.key").rename(tmp_path / "elsewhere.key")
+def listening(*pids: int) -> set[str]:
+    """Return where some processes wait for connections over IPv4, as address:port."""
+    inodes = set()
+    for pid in pids:
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            if (target := os.readlink(fd)).startswith("socket:"):
+                inodes.add(target.strip("socket:[]"))
+    found = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and fields[9] in inodes:  # LISTEN
+            address, port = (bytes.fromhex(part) for part in fields[1].split(":"))
+            found.add(f"{ipaddress.IPv4Address(address[::-1])}:{int.from_bytes(port, 'big')}")
+    return found
+
+
+def test_without_being_asked_for_there_is_no_port_that_goes_around_the_access_rules(
+    own: Path,
+) -> None:
+    with started(own, free_ports() | {"PLAIN_PORT": ""}) as broker:
+        expected = {f"127.0.0.1:{broker.tls}", f"127.0.0.1:{broker.proxy}"}
+        assert set(broker.line.rpartition(" on ")[2].split()) == expected
+        assert listening(*children(broker).values()) == expected
+
+
+def test_the_environment_chooses_address_and_name_but_the_plain_port_stays_on_loopback(
+    own: Path,
+) -> None:
+    (own / "passwords").touch(0o600)
+    for file in own.glob("localhost.*"):
+        file.unlink()
+    env = {"LISTEN": "127.0.0.2", "SERVER_NAME": "mqtt.example.edu"}
+    with started(own, free_ports() | env) as broker:
+        assert listening(*children(broker).values()) == {
+            f"127.0.0.1:{broker.plain}",
+            *(f"127.0.0.2:{port}" for port in (broker.tls, broker.proxy, broker.password)),
+        }
+        for port in (broker.tls, broker.proxy):
+            tls = context(own, "alice")
+            assert talk(port, tls, name="mqtt.example.edu", host="127.0.0.2") == ACCEPTED
+
+
+def test_certificate_and_key_may_lie_elsewhere(own: Path, tmp_path: Path) -> None:
+    (own / "localhost.key").rename(tmp_path / "elsewhere.key")
     changed = Path(shutil.copytree(BROKER, tmp_path / "broker"))
     conf = (changed / "mosquitto.conf").read_text()
-    plain = "listener 1884 127.0.0.1\nallow_anonymous true\n"
-    assert conf.count(plain) == 1
-    conf = conf.replace(plain, "").replace("localhost.crt", "mqtt.example.edu.crt")
+    assert conf.count("\nkeyfile localhost.key\n") == 1
     conf = conf.replace("localhost.key", str(tmp_path / "elsewhere.key"))
     (changed / "mosquitto.conf").write_text(conf)
     with started(own, script=changed / "start") as broker:
         assert broker.line.startswith("ready"), broker.line
-        assert str(broker.plain) not in broker.line
-        assert talk(broker.tls, context(own, "alice"), name="mqtt.example.edu") == ACCEPTED
+        assert talk(broker.tls, context(own, "alice")) == ACCEPTED
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has privileges to drop")

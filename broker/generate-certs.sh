@@ -47,8 +47,8 @@ check_name() {
             "lower-case letters, digits and inner hyphens, up to 63; with dots, a host name"
     fi
     [[ ! $1 =~ \.[0-9]+$ ]] || die 2 "an address, not a name: '$1'" "give the broker's host name"
-    # ca.crt is the CA's; and status/# is for all to read, so a NetID's topics must not be there.
-    [[ $1 != ca && $1 != status ]] || die 2 "the name '$1' is reserved"
+    # ca.crt is the CA's; status/# and shared/# are for all, so a NetID's topics must not be there.
+    [[ $1 != ca && $1 != status && $1 != shared ]] || die 2 "the name '$1' is reserved"
 }
 
 exists() { # even as a link that leads nowhere

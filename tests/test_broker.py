@@ -225,6 +225,7 @@ BAD_NAMES += [
     "::1",
     "ca",
     "status",
+    "shared",
     "",
     "a b",
     "a\nb",
@@ -683,6 +684,34 @@ def test_all_netids_read_the_status_and_none_writes_it(broker: BrokerSide, bob: 
             client.subscribe("status/#")
             assert client.receive() == ("status/responder", "online")
         responder.publish("status/responder", "", retain=True)
+
+
+def test_all_netids_and_the_keeper_read_and_write_shared_topics(
+    broker: BrokerSide, bob: Client
+) -> None:
+    with (
+        certificate_client(broker, "alice") as alice,
+        certificate_client(broker, "responder") as keeper,
+    ):
+        clients = (alice, bob, keeper)
+        for topic in ("shared/kitchen", "shared/house/kitchen/oven"):
+            for client in clients:
+                client.subscribe(topic)
+            for publisher in clients:
+                publisher.publish(topic, "a message")
+                for client in clients:
+                    assert client.receive() == (topic, "a message")
+
+
+def test_nobody_asks_or_answers_in_the_name_of_shared_topics(
+    broker: BrokerSide, bob: Client
+) -> None:
+    with certificate_client(broker, "responder") as responder:
+        responder.subscribe("+/+/request", "shared/#")
+        bob.publish("shared/uppercase/request", "forged")
+        bob.publish("shared/uppercase/response", "forged")
+        bob.publish("shared/kitchen", "a message")
+        assert responder.receive() == ("shared/kitchen", "a message")
 
 
 @pytest.mark.parametrize(

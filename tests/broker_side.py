@@ -275,8 +275,9 @@ def certificate_client(broker: BrokerSide, name: str, **options: Any) -> Client:
     return Client(broker.tls, context(broker.directory, name), **options)
 
 
-def password_client(broker: BrokerSide, name: str) -> Client:
-    return Client(broker.password, context(broker.directory), (name, PASSWORDS[name]))
+def password_client(broker: BrokerSide, name: str, **options: Any) -> Client:
+    login = (name, PASSWORDS[name])
+    return Client(broker.password, context(broker.directory), login, **options)
 
 
 # --- fixtures ----------------------------------------------------------------------------------

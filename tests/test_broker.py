@@ -758,15 +758,44 @@ def test_a_certificate_names_its_client_whatever_that_says(broker: BrokerSide) -
         assert responder.receive() == ("alice/reverse/request", "own")
 
 
-def test_a_netid_cannot_throw_another_off_by_its_client_id(broker: BrokerSide, bob: Client) -> None:
-    with certificate_client(broker, "alice", client_id="alice") as alice:
-        bob.close()
-        with (
-            certificate_client(broker, "bob", client_id="alice"),
-            certificate_client(broker, "responder", client_id="alice") as responder,
-        ):
-            round_trip("alice", alice, responder)
-            assert not alice.disconnected.is_set()
+@pytest.mark.parametrize("login", [certificate_client, password_client])
+def test_a_netid_has_several_connections_at_a_time(
+    broker: BrokerSide, login: Callable[..., Client]
+) -> None:
+    with (
+        login(broker, "alice", client_id="alice-1") as publisher,
+        login(broker, "alice", client_id="alice-2") as subscriber,
+        certificate_client(broker, "alice") as client,  # the broker chooses its ID
+        certificate_client(broker, "responder") as responder,
+    ):
+        subscriber.subscribe("shared/kitchen")
+        publisher.publish("shared/kitchen", "a message")
+        assert subscriber.receive() == ("shared/kitchen", "a message")
+        round_trip("alice", client, responder)
+        assert not any(each.disconnected.is_set() for each in (publisher, subscriber))
+
+
+def test_a_netid_is_not_thrown_off_by_another_that_takes_its_name_for_an_id(
+    broker: BrokerSide, bob: Client
+) -> None:
+    with (
+        certificate_client(broker, "alice", client_id=f"alice-{os.urandom(8).hex()}") as alice,
+        certificate_client(broker, "responder") as responder,
+        certificate_client(broker, "bob", client_id="alice"),
+        password_client(broker, "bob", client_id="responder"),
+    ):
+        round_trip("alice", alice, responder)
+        assert not any(each.disconnected.is_set() for each in (alice, responder, bob))
+
+
+def test_a_client_whose_id_is_known_can_be_thrown_off_as_the_configuration_says(
+    broker: BrokerSide,
+) -> None:
+    with (
+        certificate_client(broker, "alice", client_id="alice") as alice,
+        certificate_client(broker, "bob", client_id="alice"),
+    ):
+        assert alice.disconnected.wait(SAFETY)
 
 
 # --- NGINX -------------------------------------------------------------------------------------

@@ -121,6 +121,14 @@ def context(certificates: Path, name: str | None = None) -> ssl.SSLContext:
     return tls
 
 
+def set_password(directory: Path, name: str, password: str) -> None:
+    """Add a user to the file passwords, which is made if there is none, or change a password."""
+    passwords = directory / "passwords"
+    passwords.touch(0o600)
+    command: list[str | Path] = ["mosquitto_passwd", "-b", passwords, name, password]
+    subprocess.run(command, check=True, capture_output=True, timeout=SAFETY)
+
+
 # --- broker/start ------------------------------------------------------------------------------
 
 
@@ -180,6 +188,15 @@ class BrokerSide:
         """Return the next line of its stderr."""
         with killed_at_timeout(self.process):
             return self.stderr.readline()
+
+    def reload(self) -> list[str]:
+        """Send SIGHUP and return the lines of its stderr up to the one that tells the result."""
+        self.process.send_signal(signal.SIGHUP)
+        lines = [self.next_line()]
+        while "reloaded" not in lines[-1]:
+            assert lines[-1], "it has ended"
+            lines.append(self.next_line())
+        return lines
 
     def ended(self) -> tuple[int, str]:
         """Wait for its end and return its exit status and the rest of its stderr."""
@@ -294,15 +311,8 @@ def running(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """One broker side for the tests that leave it as it was."""
     directory = tmp_path_factory.mktemp("broker") / "with a space"
     shutil.copytree(certificates, directory)
-    passwords = directory / "passwords"
-    passwords.touch(0o600)
     for name, password in PASSWORDS.items():
-        subprocess.run(
-            ["mosquitto_passwd", "-b", passwords, name, password],
-            check=True,
-            capture_output=True,
-            timeout=SAFETY,
-        )
+        set_password(directory, name, password)
     with started(directory) as broker:
         assert broker.line.startswith("ready"), broker.line
         yield broker

@@ -6,8 +6,10 @@ later one that does: a broker keeps the order of one client's messages.
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
+import pty
 import pwd
 import shutil
 import signal
@@ -16,8 +18,10 @@ import ssl
 import struct
 import subprocess
 import tempfile
+import termios
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,6 +40,7 @@ from broker_side import (
     load,
     made,
     password_client,
+    set_password,
     started,
 )
 from conftest import SAFETY, is_running, processes_below, wait_until
@@ -827,12 +832,29 @@ def test_nginx_limits_the_connections_of_one_address(own: Path) -> None:
 # --- start -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_everything(own: Path, number: int) -> None:
     with started(own) as broker:
         assert broker.line.startswith("ready")
         pids = children(broker).values()
         assert broker.stop(number) == (0, "")
+        assert not any(map(is_running, pids))
+
+
+def test_it_stops_when_its_terminal_is_closed(own: Path) -> None:
+    ours, its = pty.openpty()
+    with started(
+        own,
+        stdin=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as broker:
+        assert broker.line.startswith("ready"), broker.line
+        assert broker.reload()[-1].startswith("reloaded")
+        pids = processes_below(broker.process.pid)
+        os.close(its)
+        os.close(ours)
+        assert broker.ended() == (0, "")
         assert not any(map(is_running, pids))
 
 
@@ -948,8 +970,263 @@ def test_it_runs_without_being_root(certificates: Path) -> None:
         with started(directory, script=script, user="nobody", extra_groups=[]) as broker:
             assert broker.line.startswith("ready"), broker.line
             assert set(map(user_of, children(broker).values())) == {pwd.getpwnam("nobody").pw_uid}
+            assert broker.reload() == [RELOADED]
             assert talk(broker.proxy, context(directory, "alice")) == ACCEPTED
             assert broker.stop() == (0, "")
+
+
+# --- SIGHUP ------------------------------------------------------------------------------------
+
+
+RELOADED = "reloaded: mosquitto and NGINX take the files as they are now\n"
+
+
+@dataclass
+class Renewable:
+    """A broker side of which tests change the scripts' copy and the directory."""
+
+    broker: BrokerSide
+    scripts: Path
+    own: Path
+
+    def edit(self, path: Path, old: str, new: str) -> None:
+        text = path.read_text()
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+
+
+def copied(source: Path, target: Path) -> Path:
+    """Make a directory's files those of another, but for what is only in the first."""
+    return Path(shutil.copytree(source, target, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="module")
+def one_renewable(
+    certificates: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Renewable, Path]]:
+    """A broker side, and what its directories were when it was started."""
+    kept = tmp_path_factory.mktemp("kept")
+    copied(certificates, kept / "own")
+    copied(BROKER, kept / "scripts")
+    for name in ("alice", "bob"):
+        set_password(kept / "own", name, PASSWORDS[name])
+    used = copied(kept, tmp_path_factory.mktemp("renewable"))
+    with started(used / "own", script=used / "scripts" / "start") as broker:
+        yield Renewable(broker, used / "scripts", used / "own"), kept
+
+
+@pytest.fixture
+def renewable(one_renewable: tuple[Renewable, Path]) -> Iterator[Renewable]:
+    """A broker side that goes back to where it was after the test."""
+    renewable, kept = one_renewable
+    yield renewable
+    for path in renewable.own.iterdir():
+        if path.name != "run":
+            path.unlink()
+    copied(kept, renewable.own.parent)
+    assert renewable.broker.reload()[-1].startswith("reloaded")
+
+
+def shown(port: int, tls: ssl.SSLContext) -> int:
+    """Return the serial number of the certificate that a port shows."""
+    with (
+        socket.create_connection(("127.0.0.1", port), SAFETY) as plain,
+        tls.wrap_socket(plain, server_hostname="localhost") as secure,
+    ):
+        certificate = secure.getpeercert(binary_form=True)
+        assert certificate
+        return x509.load_der_x509_certificate(certificate).serial_number
+
+
+def test_after_sighup_all_tls_ports_show_the_renewed_certificate_and_open_connections_stay(
+    renewable: Renewable,
+) -> None:
+    broker, own = renewable.broker, renewable.own
+    tls = context(own, "alice")
+
+    def serials() -> set[int]:
+        return {shown(port, tls) for port in (broker.tls, broker.proxy, broker.password)}
+
+    assert serials() == {load(own, "localhost").serial_number}
+    with (
+        certificate_client(broker, "alice") as alice,
+        Client(broker.proxy, context(own, "12345")) as proxied,
+        password_client(broker, "bob") as bob,
+        certificate_client(broker, "responder") as responder,
+        Client(broker.plain) as anybody,
+    ):
+        for file in own.glob("localhost.*"):
+            file.unlink()
+        new = load(made(own, "localhost"), "localhost").serial_number
+        assert broker.reload() == [RELOADED]
+        wait_until(lambda: serials() == {new})
+        for netid, client in (("alice", alice), ("12345", proxied), ("bob", bob)):
+            round_trip(netid, client, responder)
+        assert not anybody.disconnected.is_set()
+
+
+def logs_in(broker: BrokerSide, name: str, password: str) -> bool:
+    client = Client(broker.password, context(broker.directory), (name, password))
+    client.close()
+    return not client.reason.is_failure
+
+
+def test_after_sighup_a_new_user_logs_in_and_a_changed_password_ends_connections(
+    renewable: Renewable,
+) -> None:
+    broker = renewable.broker
+    with password_client(broker, "alice") as alice, password_client(broker, "bob") as bob:
+        assert not logs_in(broker, "carol", "carol's")
+        set_password(renewable.own, "carol", "carol's")
+        set_password(renewable.own, "bob", "another")
+        assert broker.reload()[-1].startswith("reloaded")
+        wait_until(lambda: logs_in(broker, "carol", "carol's"))
+        assert not logs_in(broker, "bob", PASSWORDS["bob"])
+        assert bob.disconnected.wait(SAFETY)
+        assert not alice.disconnected.is_set()
+
+
+def test_after_sighup_changed_access_rules_count_for_open_connections(
+    renewable: Renewable,
+) -> None:
+    broker = renewable.broker
+    with certificate_client(broker, "alice") as alice, certificate_client(broker, "bob") as bob:
+        bob.subscribe("news/#")
+        alice.publish("news/now", "forbidden")
+        renewable.edit(renewable.scripts / "acl", "shared/#\n", "news/#\n")
+        assert broker.reload()[-1].startswith("reloaded")
+
+        def news() -> bool:
+            alice.publish("news/now", "allowed")
+            return not bob.messages.empty()
+
+        wait_until(news)
+        assert bob.receive() == ("news/now", "allowed")
+
+
+def test_after_sighup_nginx_has_its_new_configuration(renewable: Renewable) -> None:
+    renewable.edit(renewable.scripts / "nginx.conf", "limit_conn address 50;", "deny all;")
+    assert renewable.broker.reload()[-1].startswith("reloaded")
+
+    def denied() -> bool:
+        with socket.create_connection(("127.0.0.1", renewable.broker.proxy), SAFETY) as connection:
+            connection.settimeout(0.5)
+            try:
+                return connection.recv(1) == b""
+            except TimeoutError:
+                return False
+
+    wait_until(denied)
+
+
+def test_after_sighup_what_counts_at_the_next_start_only_is_named(
+    renewable: Renewable, tmp_path: Path
+) -> None:
+    renewable.edit(renewable.scripts / "mosquitto.conf", "log_type information\n", "")
+    shutil.copy(made(tmp_path / "other", "alice") / "ca.crt", renewable.own)
+    assert renewable.broker.reload() == [
+        f"start: warning: {what} has changed: that counts at the next start only\n"
+        for what in ("mosquitto's configuration", "ca.crt")
+    ] + [RELOADED]
+
+
+def test_after_sighup_new_passwords_open_no_port_and_that_is_said(own: Path) -> None:
+    with started(own) as broker:
+        set_password(own, "alice", "secret")
+        for _ in range(2):
+            assert broker.reload() == [
+                f"start: warning: {own}/passwords is new: "
+                "the port for passwords opens at the next start only\n",
+                RELOADED,
+            ]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", broker.password), SAFETY).close()
+
+
+def test_a_sighup_before_it_is_ready_is_heeded_when_it_is(own: Path) -> None:
+    pid, nginx = own / "pid", own / "nginx"
+    nginx.write_text(f'#!/bin/sh\n[ "$1" != -V ] || kill -HUP "$(cat {pid})"\nexec nginx "$@"\n')
+    nginx.chmod(0o755)
+    with started(
+        own,
+        free_ports() | {"NGINX": str(nginx)},
+        preexec_fn=lambda: pid.write_text(str(os.getpid())),
+    ) as broker:
+        assert broker.line.startswith("ready"), broker.line
+        assert broker.next_line() == RELOADED
+
+
+BROKEN: dict[str, tuple[Callable[[Renewable], object], str]] = {
+    "no certificate": (lambda r: (r.own / "localhost.crt").unlink(), "cannot read localhost.crt"),
+    "no authority": (lambda r: (r.own / "ca.crt").unlink(), "cannot read ca.crt"),
+    "a certificate cut off": (
+        lambda r: os.truncate(r.own / "localhost.crt", 300),
+        "localhost.crt and localhost.key are no certificate and its key",
+    ),
+    "another's key": (
+        lambda r: shutil.copy(r.own / "bob.key", r.own / "localhost.key"),
+        "localhost.crt and localhost.key are no certificate and its key",
+    ),
+    "an empty key": (
+        lambda r: os.truncate(r.own / "localhost.key", 0),
+        "localhost.crt and localhost.key are no certificate and its key",
+    ),
+    "an empty authority": (
+        lambda r: os.truncate(r.own / "ca.crt", 0),
+        "there is no certificate in ca.crt",
+    ),
+    "a link": (
+        lambda r: link_to((r.own / "ca.crt").rename(r.own / "x")).rename(r.own / "ca.crt"),
+        "is a link, not your own",
+    ),
+    "a wrong word in the access rules": (
+        lambda r: r.edit(r.scripts / "acl", "pattern readwrite", "pattern red"),
+        "does not accept acl or passwords: ",
+    ),
+    "a topic that is none in the access rules": (
+        lambda r: r.edit(r.scripts / "acl", "readwrite shared/#", "readwrite shared#"),
+        "does not accept acl or passwords: ",
+    ),
+    "no access rules": (lambda r: (r.scripts / "acl").unlink(), "No such file"),
+    "a password in clear text": (
+        lambda r: (r.own / "passwords").write_text("alice:secret\n"),
+        "does not accept acl or passwords: ",
+    ),
+    "something else in passwords": (
+        lambda r: (r.own / "passwords").write_text("alice\n"),
+        "a line of",
+    ),
+    "an error in nginx.conf": (
+        lambda r: r.edit(r.scripts / "nginx.conf", "error_log", "eror_log"),
+        'unknown directive "eror_log"',
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), BROKEN.values(), ids=BROKEN)
+def test_after_sighup_with_a_broken_file_all_the_old_ones_stay_in_use(
+    renewable: Renewable, spoil: Callable[[Renewable], object], reason: str
+) -> None:
+    broker, tls = renewable.broker, context(renewable.own, "alice")
+    serial = shown(broker.tls, tls)
+    files = copies_in(renewable)
+    with certificate_client(broker, "bob") as bob, password_client(broker, "alice") as alice:
+        spoil(renewable)
+        lines = broker.reload()
+        assert reason in "".join(lines[:-1])
+        assert lines[-1] == "not reloaded: the files from before stay in use\n"
+        assert copies_in(renewable) == files
+        assert shown(broker.proxy, tls) == serial
+        assert not bob.disconnected.is_set()
+        assert not alice.disconnected.is_set()
+
+
+def copies_in(renewable: Renewable) -> dict[str, bytes]:
+    files = snapshot(renewable.own / "run")
+    return {name: content for name, content in files.items() if not name.endswith(".log")}
+
+
+# --- usage -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [(), ("one", "two")])

@@ -224,8 +224,9 @@ def started(
                 yield broker
                 return
         finally:
-            if not broker.stderr.closed:
-                broker.stop()
+            broker.process.terminate()
+            broker.process.wait(SAFETY)
+            broker.stderr.close()
     raise AssertionError(broker.line)
 
 

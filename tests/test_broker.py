@@ -1143,6 +1143,16 @@ def test_after_sighup_new_passwords_open_no_port_and_that_is_said(own: Path) -> 
             socket.create_connection(("127.0.0.1", broker.password), SAFETY).close()
 
 
+def test_a_sighup_renews_also_when_nobody_reads_what_it_says(own: Path) -> None:
+    tls = context(own, "alice")
+    with started(own) as broker:
+        broker.stderr.close()
+        issue(own, "localhost", names=("localhost",))
+        broker.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: shown(broker.tls, tls) == load(own, "localhost").serial_number)
+    assert broker.process.returncode == 0
+
+
 def test_a_sighup_before_it_is_ready_is_heeded_when_it_is(own: Path) -> None:
     pid, nginx = own / "pid", own / "nginx"
     nginx.write_text(f'#!/bin/sh\n[ "$1" != -V ] || kill -HUP "$(cat {pid})"\nexec nginx "$@"\n')

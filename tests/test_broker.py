@@ -936,6 +936,38 @@ def test_the_environment_chooses_address_and_name_but_the_plain_port_stays_on_lo
             assert talk(port, tls, name="mqtt.example.edu", host="127.0.0.2") == ACCEPTED
 
 
+@pytest.mark.parametrize(
+    ("env", "listen", "broker_host"),
+    [
+        ({}, "127.0.0.1", "127.0.0.1"),
+        ({"LISTEN": "10.0.0.1"}, "10.0.0.1", "10.0.0.1"),
+        ({"LISTEN": "0.0.0.0"}, "0.0.0.0", "127.0.0.1"),
+        ({"LISTEN": "0.0.0.0", "BROKER_HOST": "broker.internal"}, "0.0.0.0", "broker.internal"),
+    ],
+)
+def test_the_configuration_for_other_machines_differs_in_addresses_alone(
+    env: dict[str, str], listen: str, broker_host: str
+) -> None:
+    files = [BROKER / name for name in ("mosquitto.conf", "plain.conf", "nginx.conf")]
+    text = subprocess.run(
+        [BROKER / "configure", *files],
+        env=os.environ | env,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=SAFETY,
+    ).stdout
+    expected = "".join(file.read_text() for file in files)
+    for old, new in (
+        ("\nlistener 8883 127.0.0.1", f"\nlistener 8883 {listen}"),
+        (" listen 127.0.0.1:8884;", f" listen {listen}:8884;"),
+        ("proxy_pass 127.0.0.1:", f"proxy_pass {broker_host}:"),
+    ):
+        assert expected.count(old) == 1
+        expected = expected.replace(old, new)
+    assert text == expected
+
+
 def test_certificate_and_key_may_lie_elsewhere(own: Path, tmp_path: Path) -> None:
     (own / "localhost.key").rename(tmp_path / "elsewhere.key")
     changed = Path(shutil.copytree(BROKER, tmp_path / "broker"))

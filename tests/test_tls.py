@@ -840,10 +840,10 @@ def test_a_responder_says_that_it_cannot_use_a_file_and_goes_on_when_it_can_agai
     spoil, reason = SPOILED[case]
     change_program("connection", FIRST_DELAY=0.05)
     with started(own) as broker:
-        responder = start_responder(*certificate(broker, "responder"))
+        responder = start_responder("-iboth", *certificate(broker, "responder"))
         spoil(own, strangers)
-        # A second connection with this certificate ends the first: the client ID is its CN.
-        other = ["--respond", f"-p{broker.tls}", *certified(certificates, "responder")]
+        # A second connection with this client ID ends the first.
+        other = ["--respond", "-iboth", f"-p{broker.tls}", *certified(certificates, "responder")]
         with subprocess.Popen([sys.executable, PROGRAM, *other], stderr=subprocess.DEVNULL) as one:
             responder.wait_for("event=disconnected", times=2)
             assert responder.has_said(reason)

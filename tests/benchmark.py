@@ -48,17 +48,21 @@ from hostile import (
     packet,
     publish,
     subscribe,
-    suite_of,
 )
 from paho.mqtt.enums import CallbackAPIVersion
 
 import crypto
-import mqtt
 import secure_mqtt_client as program
-from keys import PUBLIC_KEY, from_pem, read_group
-from mqtt import KEY_EXCHANGE, REQUEST, RESPONSE, Connection
-from settings import Settings
-from signatures import Identity
+from crypto import PUBLIC_KEY, from_pem, read_group
+from secure_mqtt import connection
+from secure_mqtt.actions import KEY_EXCHANGE, REQUEST, RESPONSE
+from secure_mqtt.calls import call, exchange_keys, topics
+from secure_mqtt.connection import Connection
+from secure_mqtt.exchange import Exchange
+from secure_mqtt.session import WINDOW
+from secure_mqtt.settings import Settings
+from secure_mqtt.signatures import Identity
+from secure_mqtt.suites import COUNTER_SIZE, SUITES, TAG_SIZE, Transcript, suite_of
 
 try:
     from gmpy2 import powmod
@@ -179,12 +183,12 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def settings_of(port: int, netid: str) -> Settings:
     """Return the settings of a client that asks for a text in uppercase."""
-    return program.parse_settings(["-p", str(port), netid, "uppercase", TEXT.decode()])
+    return program.settings_from(["-p", str(port), netid, "uppercase", TEXT.decode()])
 
 
-def new_exchange(settings: Settings) -> crypto.Exchange:
+def new_exchange(settings: Settings) -> Exchange:
     """Return an exchange in the suite of the settings."""
-    return crypto.Exchange(settings.netid, settings.suite)
+    return Exchange(settings.netid, settings.suite)
 
 
 def stages(broker: Mosquitto) -> Iterator[tuple[str, ...]]:
@@ -198,7 +202,7 @@ def stages(broker: Mosquitto) -> Iterator[tuple[str, ...]]:
         return result
 
     settings = settings_of(broker.port, "stages")
-    asking, answering = program.topics(settings)
+    asking, answering = topics(settings)
     floor = [sys.executable, "-c", FLOOR]
     for _ in range(ROUNDS):
         stage("imports (a process of its own)", lambda: subprocess.run(floor))
@@ -212,14 +216,14 @@ def stages(broker: Mosquitto) -> Iterator[tuple[str, ...]]:
         stage("connect and subscribe", prepare)
         response = stage(
             "exchange of public keys",
-            lambda: program.call(mqtt, settings, KEY_EXCHANGE, exchange.request(), bytes),  # noqa: B023
+            lambda: call(mqtt, settings, KEY_EXCHANGE, exchange.request(), bytes),  # noqa: B023
         )
         stage("derivation", lambda: exchange.agree(response))  # noqa: B023
         message = exchange.seal(asking, TEXT)
         read = partial(exchange.open, answering)
         stage(
             "request and response",
-            lambda: program.call(mqtt, settings, settings.action, message, read),  # noqa: B023
+            lambda: call(mqtt, settings, settings.action, message, read),  # noqa: B023
         )
         stage("disconnect", lambda: mqtt.__exit__(None))  # noqa: B023
     yield "stage", "median"
@@ -273,7 +277,7 @@ class BareClient:
         while not packets:
             data = self._socket.recv(2**18)
             assert data, "the connection was lost"
-            mqtt.acknowledge_at_once(self._socket)
+            connection.acknowledge_at_once(self._socket)
             packets, self._rest = whole_packets(self._rest + data)
         return packets
 
@@ -344,10 +348,10 @@ class LoadClients(BareClient):
         secret = int(powmod(int.from_bytes(der[self._header_size :], "big"), 2, read_group().p))
         key = crypto.derive_key(secret.to_bytes(512, "big"), 32, *LAB)
         cipher = self._ciphers[netid] = crypto.FernetCipher(key)
-        self.publish(REQUEST.format(netid, "uppercase"), cipher.seal("", 0, TEXT))
+        self.publish(REQUEST.format(netid, "uppercase"), cipher.seal(TEXT))
 
     def _check(self, netid: str, token: bytes) -> None:
-        self.wrong += self._ciphers.pop(netid).open("", token) != (None, TEXT.upper())
+        self.wrong += self._ciphers.pop(netid).open(token) != TEXT.upper()
         self.seconds.append(time.perf_counter() - self._started.pop(netid))
 
 
@@ -415,8 +419,8 @@ def exponentiations_per_second(env: dict[str, str]) -> float:
     is that of the load clients: pow is faster for a small one.
     """
     code = (
-        "import crypto, keys, os, time\n"
-        "peer, p, count = crypto.DhKeyPair(2).public_value, keys.read_group().p, 0\n"
+        "import crypto, os, time\n"
+        "peer, p, count = crypto.DhKeyPair(2).public_value, crypto.read_group().p, 0\n"
         "start = end = time.perf_counter()\n"
         "while end < start + 2:\n"
         "    crypto.DhKeyPair()\n"
@@ -553,8 +557,8 @@ def sealed(port: int, netid: str, count: int) -> list[bytes]:
     with Connection(settings) as mqtt:
         mqtt.connect()
         mqtt.subscribe(RESPONSE.format(netid, KEY_EXCHANGE))
-        program.exchange_keys(mqtt, settings, exchange)
-    return [exchange.seal(program.topics(settings)[0], TEXT) for _ in range(count)]
+        exchange_keys(mqtt, settings, exchange)
+    return [exchange.seal(topics(settings)[0], TEXT) for _ in range(count)]
 
 
 def measure_requests(broker: Mosquitto, folder: Path) -> None:
@@ -689,7 +693,7 @@ def measure_suites(broker: Mosquitto, folder: Path) -> None:
         for size in SIZES:
             note(TIMES, f"seal + open\n{size}", kind, times[f"seal {size}"] + times[f"open {size}"])
     certificates = made(folder / "suites-certs", "responder", "bench")
-    columns_of_bytes = {suite: wire_sizes(suite, certificates) for suite in crypto.SUITES}
+    columns_of_bytes = {suite: wire_sizes(suite, certificates) for suite in SUITES}
     table("The suites, bytes of a payload", side_by_side(columns_of_bytes, "{:,}".format))
 
 
@@ -721,14 +725,14 @@ def arithmetic_of_python() -> Iterator[None]:
 
 def suite_times(suite: str) -> dict[str, float]:
     """Return the seconds of each step of a suite."""
-    make, topic = crypto.SUITES[suite], REQUEST.format("bench", "uppercase")
-    client, responder = make(), make()
-    transcript = crypto.Transcript("bench", client.public_key, responder.public_key)
-    ours = client.agree(transcript, is_client=True)
-    theirs = responder.agree(transcript, is_client=False)
+    make, topic = SUITES[suite].client, REQUEST.format("bench", "uppercase")
+    client = make()
+    responder = SUITES[suite].responder(client.blocks)
+    transcript = Transcript("bench", client.blocks, responder.blocks)
+    ours, theirs = client.agree(transcript), responder.agree(transcript)
     times = {
-        "key pair": median_time(lambda: make().public_key),
-        "agreement": median_time(lambda: client.agree(transcript, is_client=True)),
+        "key pair": median_time(lambda: make().blocks),
+        "agreement": median_time(lambda: client.agree(transcript)),
     }
     for name, size in SIZES.items():
         text = os.urandom(size)
@@ -748,13 +752,14 @@ def median_time(action: Callable[[], object]) -> float:
 
 def wire_sizes(suite: str, certificates: Path) -> dict[str, int]:
     """Return the sizes of a suite's payloads."""
-    client, responder = crypto.SUITES[suite](), crypto.SUITES[suite]()
-    first, second = client.public_key, responder.public_key
+    client = SUITES[suite].client()
+    first = client.blocks
+    second = SUITES[suite].responder(first).blocks
     asking, answering = (
         Identity(identity(certificates, name).read_bytes()) for name in ("bench", "responder")
     )
     signed = asking.sign(first, "bench")
-    cipher = client.agree(crypto.Transcript("bench", first, second), is_client=True)
+    cipher = client.agree(Transcript("bench", first, second))
     return {
         "message 1": len(first),
         "message 1, signed with P-256": len(signed),
@@ -819,16 +824,15 @@ def measure_exchanges(broker: Mosquitto, folder: Path) -> None:
         ("suite", "exchanges", "plain echo", "ratio", "per CPU second", "plain echo", "ratio")
     ]
     for name, env in environments(folder):
-        rows.append(exchange_row(broker, f"dh4096, {name}", crypto.DhKeyPair(2), env))
-    rows.append(exchange_row(broker, X25519, crypto.X25519KeyPair(), dict(os.environ)))
+        rows.append(exchange_row(broker, f"dh4096, {name}", crypto.DhKeyPair(2).public_key, env))
+    rows.append(exchange_row(broker, X25519, SUITES["x25519"].client().blocks, dict(os.environ)))
     table("Exchanges alone, per second, and per second of CPU time", rows)
 
 
 def exchange_row(
-    broker: Mosquitto, kind: str, key_pair: crypto.KeyPair, env: dict[str, str]
+    broker: Mosquitto, kind: str, payload: bytes, env: dict[str, str]
 ) -> tuple[str, ...]:
     """Measure the exchanges of one kind, all with one key pair, in turn with echoes."""
-    payload = key_pair.public_key
     ours, theirs = [], []
     with responding(broker, env) as responder, echoing(broker) as echo:
         exchanges = ExchangeLoad(broker.port, kind.replace(", ", "-"), payload)
@@ -837,7 +841,7 @@ def exchange_row(
             load.run(2 * SKIPPED)  # the warm-up
         for _ in range(5):
             rates, keys = exchange_rates(exchanges, PER_RUN[kind], responder.process.pid)
-            assert {*map(suite_of, keys)} == {kind[:6]}
+            assert {suite_of(key).name for key in keys} == {kind[:6]}
             assert len({*keys}) == len(keys), "a key pair was used twice"
             ours.append(rates)
             rates, answers = exchange_rates(echoes, PER_RUN[ECHO_OF_BYTES], echo)
@@ -926,7 +930,7 @@ def measure_lines(broker: Mosquitto, folder: Path) -> None:
     rates: dict[str, list[float]] = {}
     text = b"Networking is the best! %06d"
     lines = [text % number for number in range(max(SESSION_LINES.values()))]
-    size = len(lines[0]) + crypto.COUNTER_SIZE + crypto.TAG_SIZE
+    size = len(lines[0]) + COUNTER_SIZE + TAG_SIZE
     token = crypto.token_size(len(lines[0]))
     with responding(broker, dict(os.environ)), echoing(broker):
         for _ in range(5):
@@ -935,7 +939,7 @@ def measure_lines(broker: Mosquitto, folder: Path) -> None:
                 rate = lines_per_second(broker.port, options, lines[:count])
                 rates.setdefault(name, []).append(rate)
             for name, numbers in {
-                "echo": (size, 20_000, program.WINDOW),
+                "echo": (size, 20_000, WINDOW),
                 "echo, one by one": (token, 2_000, 1),
             }.items():
                 rates.setdefault(name, []).append(echoes_per_second(broker.port, *numbers))

@@ -300,7 +300,7 @@ def change_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     """Make the test's responders wait less: give constants of a module other values."""
 
     def change(module: str, **constants: float) -> None:
-        lines = f"import {module}\nvars({module}).update({constants!r})\n"
+        lines = f"from secure_mqtt import {module}\nvars({module}).update({constants!r})\n"
         monkeypatch.setattr(conftest, "PROGRAM", changed_program(tmp_path, lines))
 
     return change

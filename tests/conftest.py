@@ -30,6 +30,15 @@ sys.path.insert(0, str(ROOT))
 Run = subprocess.CompletedProcess[bytes]
 
 
+def copy_program(folder: Path) -> Path:
+    """Copy what the program needs to run, but for the group; return the program there."""
+    for path in PROGRAM, ROOT / "crypto.py":
+        shutil.copy(path, folder)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "secure_mqtt", folder / "secure_mqtt", ignore=ignored)
+    return folder / PROGRAM.name
+
+
 def run(*arguments: str | bytes | Path, stdin: bytes | None = None, **options: object) -> Run:
     """Run the program to its end."""
     command = [

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 with atheris.instrument_imports():
     import crypto
-    from keys import PeerKeyError, from_der, from_pem, to_der, to_pem
+    from crypto import PeerKeyError, from_der, from_pem, to_der, to_pem
+    from secure_mqtt.suites import SUITES, suite_of
 
 KEY = bytes(range(32))
 
@@ -23,7 +24,7 @@ def read(data: bytes) -> None:
     """Give the same bytes to each reader, raw and wrapped so that they get further."""
     for payload in data, to_pem(b"PUBLIC KEY", data):
         with contextlib.suppress(PeerKeyError):
-            crypto.peer_value(payload)
+            suite_of(payload)
     with contextlib.suppress(crypto.TokenError):
         crypto.decrypt(data, KEY)
     with contextlib.suppress(ValueError):
@@ -33,7 +34,7 @@ def read(data: bytes) -> None:
 
 def seeds(folder: Path) -> None:
     """Write valid inputs to begin from."""
-    public_keys = [make().public_key for make in crypto.SUITES.values()]
+    public_keys = [suite.client().blocks for suite in SUITES.values()]
     ders = [from_pem(b"PUBLIC KEY", key) for key in public_keys]
     examples = *public_keys, *ders, crypto.encrypt(b"text", KEY)
     for number, example in enumerate(examples):

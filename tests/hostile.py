@@ -492,7 +492,7 @@ def lab_responder(port: int, netid: str = "+") -> Iterator[None]:
 
 def impatient_program(folder: Path) -> Path:
     """Write a program that is ours, but for the seconds between its attempts to connect."""
-    return changed_program(folder, "mqtt.FIRST_DELAY = mqtt.LAST_DELAY = 0.05\n")
+    return changed_program(folder, "connection.FIRST_DELAY = connection.LAST_DELAY = 0.05\n")
 
 
 def changed_program(folder: Path, change: str) -> Path:
@@ -500,18 +500,14 @@ def changed_program(folder: Path, change: str) -> Path:
     path = folder / "changed.py"
     path.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        f"import crypto, mqtt, secure_mqtt_client as program\n{change}"
+        "import crypto, secure_mqtt_client as program\n"
+        f"from secure_mqtt import connection, exchange, session, streams\n{change}"
         "if __name__ == '__main__':\n    os._exit(program.main())\n"
     )
     return path
 
 
 # --- any bytes ---------------------------------------------------------------------------------
-
-
-def suite_of(payload: bytes) -> str:
-    """Return the suite of a key-exchange payload. PeerKeyError if its key is not acceptable."""
-    return "x25519" if crypto.peer_value(payload) is None else "dh4096"
 
 
 @st.composite

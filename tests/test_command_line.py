@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM, ROOT, SAFETY, Mosquitto, error_lines, run
+from conftest import PROGRAM, SAFETY, Mosquitto, copy_program, error_lines, run
 
 import secure_mqtt_client as program
-from mqtt import ACTIONS
-from settings import UsageError
+from secure_mqtt.actions import ACTIONS
+from secure_mqtt.command_line import build_parser
+from secure_mqtt.errors import UsageError
 
 REQUEST = ("le0nh4rt", "uppercase", "text")
 
@@ -147,7 +147,7 @@ def printed(*arguments: str) -> str:
 
 def test_help_names_every_option_and_argument() -> None:
     text = printed("--help")
-    options = [name for each in program.build_parser()._actions for name in each.option_strings]
+    options = [name for each in build_parser("", "")._actions for name in each.option_strings]
     for name in "NETID", "ACTION", "MESSAGE", *options, *ACTIONS:
         assert re.search(rf"(?<![\w-]){name}(?![\w-])", text)
 
@@ -164,7 +164,7 @@ def test_help_ends_with_three_examples_that_work() -> None:
     for example in examples:
         command, *arguments = shlex.split(example.partition(" <")[0])
         assert command == PROGRAM.name
-        program.parse_settings(arguments)
+        program.settings_from(arguments)
 
 
 def test_h_alone_prints_the_help_as_a_later_course_has_it() -> None:
@@ -205,7 +205,7 @@ SAME = [
 
 @pytest.mark.parametrize("arguments", SAME, ids=" ".join)
 def test_options_may_stand_anywhere(arguments: list[str]) -> None:
-    one, other = (vars(program.parse_settings(each)) for each in (arguments, SAME[0]))
+    one, other = (vars(program.settings_from(each)) for each in (arguments, SAME[0]))
     for settings in one, other:
         settings.pop("words", None)  # as they stood; what they mean is in the others
     assert one == other
@@ -232,16 +232,16 @@ MESSAGES: dict[str, tuple[list[str], bytes]] = {
 @pytest.mark.parametrize("case", MESSAGES)
 def test_the_message_may_be(case: str) -> None:
     arguments, message = MESSAGES[case]
-    assert program.parse_settings(arguments).message == message
+    assert program.settings_from(arguments).message == message
 
 
 def test_a_text_is_not_taken_apart_as_an_option() -> None:
     with contextlib.suppress(UsageError):
-        assert program.parse_settings(["x", "reverse", "-v text"]).message == b"-v text"
+        assert program.settings_from(["x", "reverse", "-v text"]).message == b"-v text"
 
 
 def test_the_defaults_are_the_labs() -> None:
-    settings = program.parse_settings([*REQUEST])
+    settings = program.settings_from([*REQUEST])
     assert (settings.host, settings.port, settings.id) == ("localhost", 1884, "le0nh4rt")
     assert (settings.username, settings.password) == ("", None)
     assert not settings.uses_tls
@@ -252,13 +252,13 @@ def test_the_defaults_are_the_labs() -> None:
 
 def test_a_dash_alone_means_standard_input_even_after_two() -> None:
     for arguments in ["x", "reverse", "-"], ["x", "reverse", "--", "-"]:
-        assert program.parse_settings(arguments).message is None
+        assert program.settings_from(arguments).message is None
 
 
 def test_a_responder_has_a_client_id_of_its_own() -> None:
-    one, other = (program.parse_settings(["--respond", "x"]).id for _ in range(2))
+    one, other = (program.settings_from(["--respond", "x"]).id for _ in range(2))
     assert len({one, other, "x"}) == 3
-    assert program.parse_settings(["--respond", "--id", "me"]).id == "me"
+    assert program.settings_from(["--respond", "--id", "me"]).id == "me"
 
 
 # --- where it is started, and with what --------------------------------------------------------
@@ -288,8 +288,7 @@ FOREIGN_GROUP = subprocess.run(
 def test_an_unusable_group_file_is_explained_before_any_connection(
     content: bytes | None, arguments: tuple[str, ...], listener: Listener, tmp_path: Path
 ) -> None:
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
+    copy_program(tmp_path)
     if content is not None:
         (tmp_path / "dhparam4096.pem").write_bytes(content)
     result = run("-p", str(listener.port), *arguments, program=tmp_path / PROGRAM.name)

@@ -19,11 +19,10 @@ import broker_side
 import pytest
 from broker_side import free_ports, killed_at_timeout
 from conftest import PROGRAM, ROOT, SAFETY, Mosquitto, Peer, ResponderProcess, free_port, run
-from secure_mqtt.actions import ACTIONS, TRANSFORMATIONS
-from secure_mqtt.command_line import parse_settings
 
 import crypto
 import secure_mqtt_client as program
+from secure_mqtt.actions import ACTIONS, TRANSFORMATIONS
 
 Start = Callable[..., ResponderProcess]
 
@@ -562,7 +561,7 @@ def test_the_unit_of_systemd_starts_a_responder(certificates: Path) -> None:
         "${CREDENTIALS_DIRECTORY}", str(certificates)
     ).split()
     assert (Path(interpreter).name, Path(path).name) == ("python", PROGRAM.name)
-    settings = parse_settings(arguments)
+    settings = program.settings_from(arguments)
     assert settings.respond
     assert settings.status_topic.startswith("status/")  # as broker/acl has it
     assert settings.uses_tls

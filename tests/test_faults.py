@@ -154,7 +154,7 @@ def test_a_message_may_be_long_on_its_way(tmp_path: Path) -> None:
         c.give_key()
         is_over.wait(SAFETY)
 
-    impatient = changed_program(tmp_path, "mqtt.KEEPALIVE = 1\n")
+    impatient = changed_program(tmp_path, "connection.KEEPALIVE = 1\n")
     with hostile_broker({"exchange": answer_and_stop_reading}) as (port, _):
         arguments = ["-h", "127.0.0.1", "-p", str(port), "-W", "5", "alice", "uppercase", "-"]
         result = run(*arguments, stdin=bytes(2**24), program=impatient)

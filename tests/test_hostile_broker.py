@@ -75,10 +75,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import crypto
-import mqtt
 import secure_mqtt_client as program
-from background import supervise
-from keys import (
+from crypto import (
     BIT_STRING,
     DH_KEY_AGREEMENT,
     INTEGER,
@@ -91,9 +89,14 @@ from keys import (
     to_der,
     to_pem,
 )
-from mqtt import ACTIONS, MAX_IN_FLIGHT, Connection
-from responder import MAX_KNOWN_TOKENS
-from settings import ProgramError
+from secure_mqtt import connection as connection_module
+from secure_mqtt.actions import ACTIONS
+from secure_mqtt.connection import MAX_IN_FLIGHT, Connection
+from secure_mqtt.errors import ProgramError
+from secure_mqtt.exchange import Exchange
+from secure_mqtt.responder import MAX_KNOWN_TOKENS
+from secure_mqtt.suites import X25519_PREFIX
+from secure_mqtt.workers import supervise
 
 REQUEST = ["alice", "uppercase", MESSAGE]
 P, G = read_group()
@@ -723,12 +726,12 @@ def test_whatever_happens_at_a_stage_ends_in_time_with_an_error_that_names_it(st
 
 
 SLOW_EXCHANGE = """
-class SlowExchange(crypto.Exchange):
+class SlowExchange(exchange.Exchange):
     def agree(self, response):
-        super().agree(response)
         program.threading.Event().wait(1)
+        return super().agree(response)
 
-crypto.Exchange = SlowExchange
+program.Exchange = SlowExchange
 """
 
 
@@ -776,7 +779,7 @@ def serves(port: int, netid: str) -> None:
 # A responder answers keys of either suite.
 FALSE_KEYS_OF_CLIENTS: Mapping[str, tuple[bytes, str]] = {
     **{name: row for name, row in FALSE_KEYS.items() if name != "an X25519 key"},
-    "an X25519 key of small order": (pem(crypto.X25519_PREFIX + bytes(32)), "small order"),
+    "an X25519 key of small order": (pem(X25519_PREFIX + bytes(32)), "small order"),
 }
 
 
@@ -787,8 +790,8 @@ def test_the_responder_refuses_every_false_public_key_and_serves_on(
     with RawClient(own_broker.port, "mallory", "none") as mallory:
         for number, (payload, says) in enumerate(FALSE_KEYS_OF_CLIENTS.values()):
             mallory.publish(f"mallory{number}/key-exchange/request", payload)
-            responder.wait_for(f"ignored netid='mallory{number}' ")
-            assert says in next(line for line in responder.lines if f"'mallory{number}'" in line)
+            responder.wait_for(f'ignored netid="mallory{number}" ')
+            assert says in next(line for line in responder.lines if f'"mallory{number}"' in line)
     serves(own_broker.port, "alice")
 
 
@@ -829,8 +832,8 @@ def test_the_responder_ignores_false_requests_and_serves_on(
     make, says = FALSE_REQUESTS[name]
     with LabClient(broker.port, netid) as client:
         client.publish(f"{netid}/uppercase/request", make(client.exchange()))
-        responder.wait_for(f"ignored netid='{netid}' ")
-        assert says in next(line for line in responder.lines if f"ignored netid='{netid}'" in line)
+        responder.wait_for(f'ignored netid="{netid}" ')
+        assert says in next(line for line in responder.lines if f'ignored netid="{netid}"' in line)
         assert client.request("uppercase", MESSAGE) == ANSWER  # and nothing came before it
 
 
@@ -1032,7 +1035,7 @@ def test_a_broker_that_asks_and_does_not_read_is_given_up(
         while True:  # until the responder closes the connection
             wire.send(packet(PINGREQ) * 4096)
 
-    change = "mqtt.KEEPALIVE = 1\n"
+    change = "connection.KEEPALIVE = 1\n"
     monkeypatch.setattr(conftest, "PROGRAM", hostile.changed_program(tmp_path, change))
     with listening(serve) as port:
         start_responder("-p", str(port)).wait_for("disconnected")
@@ -1047,9 +1050,9 @@ def test_no_more_is_published_than_a_broker_acknowledges_in_time(
         first = wire.receive()
         wire.send(packet(PUBACK, first.mid))
 
-    monkeypatch.setattr(mqtt, "MAX_BYTES", 1000)
+    monkeypatch.setattr(connection_module, "MAX_BYTES", 1000)
     with listening(serve) as port:
-        settings = program.parse_settings(["-h", "127.0.0.1", "-p", str(port), *REQUEST])
+        settings = program.settings_from(["-h", "127.0.0.1", "-p", str(port), *REQUEST])
         connection = Connection(settings)
         connection.connect()
         assert connection.publish("one", bytes(5000))  # one may be larger
@@ -1118,7 +1121,7 @@ def test_an_answer_that_the_broker_will_not_take_is_not_sent_for_ever(
 
 def test_an_answer_larger_than_mqtt_allows_is_not_sent_and_does_no_harm() -> None:
     with listening(lambda wire: None) as port:
-        settings = program.parse_settings(["-h", "127.0.0.1", "-p", str(port), *REQUEST])
+        settings = program.settings_from(["-h", "127.0.0.1", "-p", str(port), *REQUEST])
         connection = Connection(settings)
         assert not connection.publish("alice/uppercase/response", bytes(hostile.MAX_LENGTH + 1))
         assert not connection.publish("alice/uppercase/response", bytes(hostile.MAX_LENGTH - 9))
@@ -1228,7 +1231,7 @@ def test_a_responder_takes_no_token_twice(
         answer = client.ask("uppercase", token)
         again = {"the request": token, "the answer": answer}[what]
         client.publish(f"{netid}/reverse/request", again)
-        said = f"netid={netid!r} action='reverse' reason='out of order, or here before'"
+        said = f'netid="{netid}" action="reverse" reason="out of order, or here before"'
         responder.wait_for(said)
 
 
@@ -1374,8 +1377,8 @@ streams = st.lists(packets | deliveries | st.binary(max_size=20), max_size=8).ma
 def test_any_bytes_from_the_broker_at_any_stage_end_in_an_error(stage: str, stream: bytes) -> None:
     with hostile_broker({stage: lambda c: c.send(stream).close()}) as (port, _):
         where = ["-h", "127.0.0.1", "-p", str(port), "-W", "1.5"]
-        line = program.parse_settings([*where, *REQUEST])
-        mqtt, exchange = Connection(line), crypto.Exchange("alice", "dh4096")
+        line = program.settings_from([*where, *REQUEST])
+        mqtt, exchange = Connection(line), Exchange("alice", "dh4096")
         end = time.monotonic() + SAFETY
         with pytest.raises(ProgramError):
             supervise(

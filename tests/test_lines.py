@@ -42,17 +42,16 @@ from hostile import (
     in_thread,
     publish,
     relay,
-    suite_of,
 )
 
-import crypto
-import secure_mqtt_client as program
+from secure_mqtt.session import MAX_REQUESTS_PER_KEY, WINDOW
+from secure_mqtt.suites import SUITES, Transcript, suite_of
 
 Connect = Callable[..., Peer]
 Responders = Callable[..., ResponderProcess]
 Send = Callable[[bytes], object]
 
-both_suites = pytest.mark.parametrize("suite", list(crypto.SUITES))
+both_suites = pytest.mark.parametrize("suite", list(SUITES))
 
 
 def numbered(count: int, width: int = 0) -> list[bytes]:
@@ -176,10 +175,9 @@ def own_responder(
                 return
             response = f"{netid}/{action}/response"
             if action == "key-exchange":
-                key_pair = crypto.SUITES[suite_of(payload)]()
-                transcript = crypto.Transcript(netid, payload, key_pair.public_key)
-                cipher = key_pair.agree(transcript, is_client=False)
-                peer.publish(response, key_pair.public_key)
+                keys = suite_of(payload).responder(payload)
+                cipher = keys.agree(Transcript(netid, payload, keys.blocks))
+                peer.publish(response, keys.blocks)
                 continue
             number, text = cipher.open(topic, payload)
             came.append((text, time.monotonic()))
@@ -306,7 +304,7 @@ def test_a_local_session_says_that_its_responder_has_ended(netid: str) -> None:
 def test_a_line_without_end_ends_a_session_before_it_takes_all_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broker: Mosquitto, netid: str
 ) -> None:
-    change = "program.MAX_TOKEN_SIZE = 100_000\n"
+    change = "streams.MAX_TOKEN_SIZE = 100_000\n"
     monkeypatch.setattr(conftest, "PROGRAM", changed_program(tmp_path, change))
     with subprocess.Popen(
         [sys.executable, str(conftest.PROGRAM), *arguments(broker.port, netid)],
@@ -489,7 +487,7 @@ def test_a_broker_that_hangs_ends_a_session_within_the_timeout(
 def test_ctrl_c_ends_a_session_quietly(broker: Mosquitto, netid: str, lines: list[str]) -> None:
     with live("-v", *arguments(broker.port, netid)) as running:
         assert running.process.stderr
-        while b"received SUBACK" not in running.process.stderr.readline():
+        while b"SUBACK for" not in running.process.stderr.readline():
             assert running.process.poll() is None
         for line in lines:
             running.ask(line)
@@ -504,7 +502,7 @@ def test_ctrl_c_ends_a_session_quietly(broker: Mosquitto, netid: str, lines: lis
 
 def answered(responder: ResponderProcess, netid: str, action: str) -> int:
     """Return how many messages a responder has answered, as it says."""
-    text = f"answered netid={netid!r} action={action} "
+    text = f'answered netid="{netid}" action="{action}" '
     return sum(text in line for line in responder.lines)
 
 
@@ -544,7 +542,7 @@ def test_even_a_key_that_is_old_at_once_is_used(
 def test_without_renewal_there_is_one_key_exchange(
     broker: Mosquitto, responder: ResponderProcess, netid: str, suite: str
 ) -> None:
-    lines = numbered(program.MAX_REQUESTS_PER_KEY[suite])
+    lines = numbered(MAX_REQUESTS_PER_KEY[suite])
     assert succeeded(session(broker.port, netid, joined(lines), "--suite", suite), upper(lines))
     wait_until(lambda: answered(responder, netid, "uppercase") == len(lines))
     assert answered(responder, netid, "key-exchange") == 1
@@ -554,7 +552,7 @@ def test_without_renewal_there_is_one_key_exchange(
 def test_a_key_is_renewed_after_many_requests(
     broker: Mosquitto, responder: ResponderProcess, netid: str, suite: str
 ) -> None:
-    lines = numbered(program.MAX_REQUESTS_PER_KEY[suite] + program.WINDOW)
+    lines = numbered(MAX_REQUESTS_PER_KEY[suite] + WINDOW)
     assert succeeded(session(broker.port, netid, joined(lines), "--suite", suite), upper(lines))
     wait_until(lambda: answered(responder, netid, "uppercase") == len(lines))
     assert answered(responder, netid, "key-exchange") == 2

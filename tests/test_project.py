@@ -8,8 +8,8 @@ import re
 from conftest import PROGRAM, ROOT
 
 import secure_mqtt_client as program
-from mqtt import ACTIONS
-from responder import MAX_KNOWN_TOKENS, TRANSFORMATIONS
+from secure_mqtt.responder import MAX_KNOWN_TOKENS
+from secure_mqtt.session import MAX_REQUESTS_PER_KEY
 
 
 def text_of(name: str) -> str:
@@ -44,12 +44,8 @@ def test_the_oldest_python_is_the_one_that_the_tools_check_for() -> None:
     assert f'python_version = "{oldest.removeprefix(">=")}"' in text_of("pyproject.toml")
 
 
-def test_the_responder_knows_the_actions_that_the_client_takes() -> None:
-    assert tuple(TRANSFORMATIONS) == ACTIONS
-
-
 def test_the_responder_remembers_what_a_session_does_under_one_key() -> None:
-    assert program.MAX_REQUESTS_PER_KEY["dh4096"] * 2 == MAX_KNOWN_TOKENS
+    assert MAX_REQUESTS_PER_KEY["dh4096"] * 2 == MAX_KNOWN_TOKENS
 
 
 def test_the_version_is_the_newest_in_the_changelog() -> None:

@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives import serialization
 
 import crypto
 import secure_mqtt_client as program
-from keys import has_expired
+from secure_mqtt.certificates import has_expired
 
 Start = Callable[..., ResponderProcess]
 REQUEST = ("alice", "reverse", "text")
@@ -190,10 +190,10 @@ def test_each_tls_option_turns_tls_on_and_moves_the_default_port(
         f"{option}={certificates / files[option]}" if option in files else option
         for option in options
     ]
-    settings = program.parse_settings([*arguments, *REQUEST])
+    settings = program.settings_from([*arguments, *REQUEST])
     assert settings.uses_tls
     assert settings.port == 8883
-    assert program.parse_settings([*arguments, "-p1884", *REQUEST]).port == 1884
+    assert program.settings_from([*arguments, "-p1884", *REQUEST]).port == 1884
 
 
 def client_hello(*arguments: str) -> bytes:
@@ -431,8 +431,8 @@ def test_a_netid_cannot_ask_as_another_and_learns_that_a_rule_may_drop_messages(
     )
     assert "access rule" in hint
     assert run(*way(broker, "alice"), *REQUEST).stdout == ANSWER
-    assert responder.has_said("netid='alice'")
-    assert not responder.has_said("netid='bob'")
+    assert responder.has_said('netid="alice"')
+    assert not responder.has_said('netid="bob"')
 
 
 @pytest.mark.parametrize("way", [certificate, proxy, password])
@@ -442,7 +442,7 @@ def test_a_netid_cannot_answer_anothers_requests_nor_see_them(
     impostor = start_responder("-v", "bob", *way(broker, "alice"))
     error, _ = failure("-W1", *certificate(broker, "bob"), netid="bob")
     assert "no responder answered" in error
-    assert not impostor.has_said("netid='bob'")
+    assert not impostor.has_said('netid="bob"')
     start_responder(*plain(broker, "responder"))
     result = run(*certificate(broker, "bob"), "bob", "reverse", "text")
     assert (error_lines(result), result.stdout) == ("", ANSWER)
@@ -609,7 +609,7 @@ def test_an_argument_goes_before_the_environment(
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, value)
-    settings = program.parse_settings([*arguments, *REQUEST])
+    settings = program.settings_from([*arguments, *REQUEST])
     assert (settings.username, settings.password) == login
 
 
@@ -644,7 +644,7 @@ def test_one_newline_at_the_end_of_a_password_file_is_left_out(
 ) -> None:
     (tmp_path / "file").write_bytes(content)
     arguments = ["-ualice", f"--password-file={tmp_path}/file", *REQUEST]
-    assert program.parse_settings(arguments).password == found
+    assert program.settings_from(arguments).password == found
 
 
 def test_the_environment_logs_in_and_arguments_go_before_it(
@@ -834,7 +834,7 @@ def test_a_responder_says_that_it_cannot_use_a_file_and_goes_on_when_it_can_agai
     change_program: Callable[..., None],
 ) -> None:
     spoil, reason = SPOILED[case]
-    change_program("mqtt", FIRST_DELAY=0.05)
+    change_program("connection", FIRST_DELAY=0.05)
     with started(own) as broker:
         responder = start_responder(*certificate(broker, "responder"))
         spoil(own, strangers)

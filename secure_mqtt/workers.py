@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from keys import CryptoError
+from crypto import CryptoError
 
 CHECK_INTERVAL = 1.0  # seconds between looks at a deadline, which may have moved
 T = TypeVar("T")

@@ -14,16 +14,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-from keys import (
-    CERTIFICATE,
-    KeyFileError,
-    PeerKeyError,
-    digest,
-    has_expired,
-    pem_blocks,
-    public_key_der,
-    to_pem,
-)
+from crypto import CERTIFICATE, KeyFileError, PeerKeyError, digest, pem_blocks, to_pem
+from secure_mqtt.certificates import has_expired
+from secure_mqtt.suites import key_blocks
 
 SIGNATURE = b"SECURE MQTT SIGNATURE"  # a PEM label
 REQUEST_LABEL = b"secure-mqtt/1 key-exchange request"
@@ -71,11 +64,14 @@ class Identity:
         """Its DNS names."""
         return _dns_names(self._chain[0])
 
-    def sign(self, public_key: bytes, netid: str, request: bytes | None = None) -> bytes:
-        """Return the payload of message 1 or, if that is given as request, of message 2."""
-        signature = self._key.sign(_signed_bytes(public_key, netid, request), *self._scheme)
+    def sign(self, blocks: bytes, netid: str, request: bytes | None = None) -> bytes:
+        """Return the payload of message 1 or, if that is given as request, of message 2.
+
+        :param blocks: what it begins with: our keys (PEM)
+        """
+        signature = self._key.sign(_signed_bytes(blocks, netid, request), *self._scheme)
         chain = [certificate.public_bytes(Encoding.PEM) for certificate in self._chain]
-        return b"".join((public_key, *chain, to_pem(SIGNATURE, signature)))
+        return b"".join((blocks, *chain, to_pem(SIGNATURE, signature)))
 
 
 class Authority:
@@ -97,12 +93,7 @@ class Authority:
         """
         signed_bytes = _signed_bytes(payload, netid, request)  # checks its size, too
         try:
-            (_, *labels), (_, *contents) = zip(*pem_blocks(payload), strict=True)
-            if SIGNATURE not in labels:
-                raise PeerKeyError("not signed")
-            if labels != [CERTIFICATE] * (len(labels) - 1) + [SIGNATURE]:
-                raise ValueError
-            *chain, signature = contents
+            *chain, signature = _signature_blocks(payload)
             with warnings.catch_warnings():  # of a serial number below 1, which is refused below
                 warnings.simplefilter("ignore")
                 leaf, *others = map(x509.load_der_x509_certificate, chain)
@@ -146,8 +137,25 @@ def _dns_names(certificate: Any) -> list[str]:
     return [*extension.get_values_for_type(x509.DNSName)]
 
 
+def _signature_blocks(payload: bytes) -> list[bytes]:
+    """Return the contents of the blocks after the keys: the certificates, then the signature.
+
+    :raises PeerKeyError: there is no signature
+    :raises ValueError: there are others
+    """
+    blocks = [*pem_blocks(payload)]
+    labels = [label for label, _ in blocks]
+    if SIGNATURE not in labels:
+        raise PeerKeyError("not signed")
+    start = labels.index(CERTIFICATE)
+    if labels[start:-1] != [CERTIFICATE] * (len(labels) - start - 1) or labels[-1] != SIGNATURE:
+        raise ValueError("blocks that do not belong there")
+    return [content for _, content in blocks[start:]]
+
+
 def _signed_bytes(payload: bytes, netid: str, request: bytes | None) -> bytes:
-    fields = [REQUEST_LABEL, netid.encode(), public_key_der(payload)]
+    keys = b"".join(content for _, content in key_blocks(payload))
+    fields = [REQUEST_LABEL, netid.encode(), keys]
     if request is not None:
         fields = [RESPONSE_LABEL, *fields[1:], digest(request)]
     return b"".join(len(field).to_bytes(4, "big") + field for field in fields)

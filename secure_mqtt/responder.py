@@ -1,46 +1,25 @@
-"""The responder, and the broker that --local runs."""
+"""The responder: answers key exchanges and requests."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import random
 import select
 import socket
-import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from background import Worker, WorkerError
-from crypto import (
-    SUITES,
-    Cipher,
-    DhKeyPair,
-    FernetCipher,
-    KeyPair,
-    TokenError,
-    Transcript,
-    X25519KeyPair,
-    load_ciphers,
-    peer_value,
-)
-from keys import CryptoError, read_group
-from mqtt import (
-    KEY_EXCHANGE,
-    LOOP_INTERVAL,
-    NETID,
-    REQUEST,
-    RESPONSE,
-    Connection,
-    Message,
-    UnusableError,
-    backoff,
-    is_utf8,
-    random_id,
-)
-from settings import ProgramError, Settings, log, peer_security
+from crypto import CryptoError, DhKeyPair, TokenError, read_group, read_public_key
+from secure_mqtt.actions import KEY_EXCHANGE, NETID, REQUEST, RESPONSE, TRANSFORMATIONS
+from secure_mqtt.connection import Connection, Message, backoff
+from secure_mqtt.errors import ProgramError, UnusableError
+from secure_mqtt.log import event
+from secure_mqtt.settings import Settings, peer_security
+from secure_mqtt.streams import is_utf8
+from secure_mqtt.suites import LAB, SUITES, Cipher, LabCipher, Transcript, suite_of
+from secure_mqtt.workers import Worker, WorkerError
 
 # What goes beyond a bound is dropped, with a warning, or forgotten, without one.
 MAX_NETIDS = 10_000  # the least recently used is forgotten first
@@ -55,29 +34,6 @@ MAX_REPORTS = 100  # messages that are ignored in that time, and named; more are
 STATUS_INTERVAL = 30.0  # seconds
 OFFLINE = b'{"status": "offline"}'
 DRAINING_TIME = 5.0  # seconds to finish what is being answered when told to stop
-
-
-# --- text actions ------------------------------------------------------------------------------
-
-
-def shuffle(text: str) -> str:
-    """Return the characters in random order."""
-    return "".join(random.sample(text, len(text)))
-
-
-def drop_and_double(text: str) -> str:
-    """Return the characters, each of them dropped, kept or doubled at random."""
-    return "".join(character * random.randint(0, 2) for character in text)
-
-
-TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
-    "uppercase": str.upper,
-    "lowercase": str.lower,
-    "title-case": str.title,
-    "reverse": lambda text: text[::-1],
-    "shuffle": shuffle,
-    "random": drop_and_double,
-}
 
 
 # --- what is kept of a NetID -------------------------------------------------------------------
@@ -177,7 +133,7 @@ class Calculator:
     """What a Worker does for a responder, in the suite dh4096."""
 
     def __init__(self) -> None:
-        load_ciphers("dh4096")
+        LAB.load()
 
     def make_key_pair(self) -> tuple[None, DhKeyPair]:
         """Return a new key pair."""
@@ -208,8 +164,8 @@ class Responder:
         self._idle = [Worker(Calculator) for _ in range(2 + (os.cpu_count() or 1))]
         self._busy: dict[Worker, Keys | None] = {}  # whose key it computes
         self._key_pairs: deque[DhKeyPair] = deque()
-        for suite in SUITES:
-            load_ciphers(suite)
+        for suite in SUITES.values():
+            suite.load()
         self._mqtt: Connection
         self._stopping, self._stop = socket.socketpair()
         self._is_stopped = self._is_connected = False
@@ -243,7 +199,7 @@ class Responder:
             except ProgramError as error:
                 if error.is_final:
                     raise
-                log().warning("disconnected reason=%r", str(error))
+                event("disconnected", is_warning=True, reason=str(error))
             self._is_connected = False
             if not self._is_stopped:
                 select.select([self._stopping], [], [], next(delays))
@@ -285,18 +241,20 @@ class Responder:
         for worker in self._mqtt.wait(others=[*self._idle, *self._busy, *others]):
             if worker not in others:
                 self._take_result(worker)
-        while self._mqtt.messages:
-            self._receive(self._mqtt.messages.popleft())
+        while self._mqtt.inbox:
+            self._receive(self._mqtt.inbox.take())
 
     def _report_losses(self, now: float) -> None:
         """Say how much was dropped, or ignored without a line of its own."""
-        self._dropped, self._mqtt.dropped = self._dropped + self._mqtt.dropped, 0
+        inbox = self._mqtt.inbox
+        self._dropped, inbox.dropped = self._dropped + inbox.dropped, 0
         if not (self._dropped or self._ignored):
             return
         if self._dropped:
-            log().warning("dropped count=%d reason='too many at a time'", self._dropped)
+            event("dropped", is_warning=True, count=self._dropped, reason="too many at a time")
         if self._ignored > MAX_REPORTS:
-            log().warning("ignored count=%d reason='and more'", self._ignored - MAX_REPORTS)
+            count = self._ignored - MAX_REPORTS
+            event("ignored", is_warning=True, count=count, reason="and more")
         self._dropped = self._ignored = 0
         self._report_at = now + REPORT_INTERVAL
 
@@ -330,41 +288,42 @@ class Responder:
         self._ignored += 1
         if self._ignored > MAX_REPORTS:  # a flood shall not fill the disk
             return
-        # A peer chose the names: they are cut and quoted.
-        names = request.netid[:64], request.action[:64]
-        log().warning("ignored netid=%r action=%r reason=%r", *names, reason)
+        names = {"netid": request.netid[:64], "action": request.action[:64]}  # a peer chose them
+        event("ignored", is_warning=True, **names, reason=reason)
 
     def _publish(self, request: Incoming, payload: bytes) -> None:
         if not self._mqtt.publish(RESPONSE.format(request.netid, request.action), payload):
             raise UnusableError("the broker does not take the answer")
         self._counts["exchanges" if request.action == KEY_EXCHANGE else "requests"] += 1
         milliseconds = (time.monotonic() - request.arrived) * 1000
-        log().info(
-            "answered netid=%r action=%s ms=%.1f bytes=%d",
-            *(request.netid, request.action, milliseconds, len(request.payload)),
+        event(
+            "answered",
+            netid=request.netid,
+            action=request.action,
+            ms=round(milliseconds, 1),
+            bytes=len(request.payload),
         )
 
     def _exchange(self, request: Incoming) -> None:
         """Answer a key exchange now, or let it wait for its turn; CryptoError if it is unusable."""
-        value = peer_value(request.payload)
+        suite = suite_of(request.payload)
         if self._authority:
             self._authority.verify(request.payload, request.netid, request.netid)
-        if value is not None:
-            self._enqueue(WaitingExchange(request, value))
+        if suite.prepare:
+            self._enqueue(WaitingExchange(request, read_public_key(request.payload)))
             return
-        key_pair = X25519KeyPair()
-        response = self._response(request, key_pair)
+        its_keys = suite.responder(request.payload)
+        response = self._response(request, its_keys.blocks)
         transcript = Transcript(request.netid, request.payload, response)
-        cipher = key_pair.agree(transcript, is_client=False)
+        cipher = its_keys.agree(transcript)
         self._publish(request, response)
         self._keys(request.netid).add(cipher)
 
-    def _response(self, request: Incoming, key_pair: KeyPair) -> bytes:
+    def _response(self, request: Incoming, blocks: bytes) -> bytes:
         """Return the payload of message 2."""
-        public_key = key_pair.public_key
         if not self._identity:
-            return public_key
-        return self._identity.sign(public_key, request.netid, request.payload)
+            return blocks
+        return self._identity.sign(blocks, request.netid, request.payload)
 
     def _keys(self, netid: str) -> Keys:
         """Return what is kept of a NetID, new if need be, which is now the most recently used."""
@@ -406,7 +365,7 @@ class Responder:
     def _begin(self, exchange: WaitingExchange) -> None:
         request = exchange.request
         key_pair = self._key_pairs.popleft()
-        response = self._response(request, key_pair)
+        response = self._response(request, key_pair.public_key)
         self._attempt(lambda request: self._publish(request, response), request)
         keys = self._keys(request.netid)
         keys.coming += 1
@@ -420,7 +379,7 @@ class Responder:
         self._give_tasks()
         if keys:
             keys.coming -= 1
-            keys.add(FernetCipher(key))
+            keys.add(LabCipher(key))
             parked, keys.parked = keys.parked, []
             for request in parked:
                 self._attempt(self._answer, request)
@@ -443,81 +402,3 @@ class Responder:
         self._netids.move_to_end(request.netid)
         answer = TRANSFORMATIONS[request.action](text.decode()).encode()
         self._publish(request, key.seal(RESPONSE.format(*names), number, answer))
-
-
-# --- the local broker --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def local_broker(settings: Settings) -> Iterator[None]:
-    """Run an MQTT broker in a thread, where the settings say.
-
-    Port 0 stands for a free one, which is put into the settings.
-    """
-    import asyncio
-    import logging
-
-    try:
-        from amqtt.broker import Broker as AmqttBroker
-        from amqtt.errors import AMQTTError, BrokerError
-    except ImportError:
-        raise ProgramError(
-            "--local needs the package amqtt", "install it: python3 -m pip install amqtt"
-        ) from None
-    logging.getLogger("amqtt").setLevel(logging.CRITICAL + 1)  # what matters is said here
-    if not settings.port:
-        with socket.create_server((settings.host, 0)) as server:
-            settings.port = server.getsockname()[1]  # for a moment, nobody else takes it
-    config = {
-        "listeners": {"default": {"type": "tcp", "bind": f"{settings.host}:{settings.port}"}},
-        "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
-    }
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
-    async def start() -> Any:
-        broker = AmqttBroker(config)
-        await broker.start()
-        return broker
-
-    try:
-        broker = asyncio.run_coroutine_threadsafe(start(), loop).result()
-    except (AMQTTError, BrokerError) as error:
-        raise ProgramError(
-            f"the local broker cannot listen on {settings.broker}: {error}", "choose another port"
-        ) from None
-    try:
-        yield
-    finally:
-        asyncio.run_coroutine_threadsafe(broker.shutdown(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(LOOP_INTERVAL)
-
-
-@contextlib.contextmanager
-def local_services(settings: Settings) -> Iterator[None]:
-    """Run a broker and a responder for a request, and put into the settings how to reach them."""
-    settings.host, settings.port = "127.0.0.1", 0
-    ready = threading.Event()
-    names = {"netid": settings.netid, "host": settings.host, "id": random_id()}
-    its_settings = Settings(**names, timeout=settings.timeout)
-    responder = Responder(its_settings, on_ready=ready.set)
-
-    def run() -> None:
-        try:
-            responder.run()
-        except ProgramError as error:
-            log().warning("the responder of --local has ended: %s", error)
-        ready.set()
-
-    with local_broker(settings):
-        its_settings.port = settings.port
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            ready.wait(settings.timeout)
-            yield
-        finally:
-            responder.stop()
-            thread.join(DRAINING_TIME)

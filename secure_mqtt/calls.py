@@ -1,0 +1,117 @@
+"""Calls: a message to a responder, and the answer to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from crypto import MAX_KEY_FILE_SIZE, CryptoError
+from secure_mqtt.actions import KEY_EXCHANGE, REQUEST, RESPONSE
+from secure_mqtt.connection import Connection, Message
+from secure_mqtt.errors import ProgramError, UnusableError
+from secure_mqtt.exchange import Exchange
+from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, silence
+from secure_mqtt.log import PROGRAM, log
+from secure_mqtt.settings import Settings
+from secure_mqtt.suites import SUITES
+
+EXCHANGE, ANSWER = "the key exchange", "the response"  # what is waited for, after the SUBACK
+T = TypeVar("T")
+
+
+def topics(settings: Settings) -> tuple[str, str]:
+    """Return the topics of encrypted requests and their responses."""
+    names = settings.netid, settings.action
+    return REQUEST.format(*names), RESPONSE.format(*names)
+
+
+def exchange_keys(mqtt: Connection, settings: Settings, exchange: Exchange) -> None:
+    """Make the exchange with a responder. ProgramError: the connection has ended."""
+    peer = call(mqtt, settings, KEY_EXCHANGE, exchange.request(), exchange.agree)
+    log().info("the responder %s", peer)
+
+
+def call(
+    mqtt: Connection, settings: Settings, action: str, payload: bytes, read: Callable[[bytes], T]
+) -> T:
+    """Publish a request and return what the first answer that can be used means.
+
+    :param action: as in the topics, KEY_EXCHANGE included
+    :param read: turns a payload into the result; CryptoError if it can't be used
+    :raises ProgramError: the connection has ended
+    """
+    mqtt.stage = EXCHANGE if action == KEY_EXCHANGE else ANSWER
+    asking, answering = (topic.format(settings.netid, action) for topic in (REQUEST, RESPONSE))
+    mqtt.ignored.clear()
+    mqtt.discard()  # what came before the request is no answer to it
+    size = len(payload)
+    log_message(settings, action, "→", size)
+    mqtt.publish(asking, payload)
+    del payload  # it may be large
+    while True:
+        message = mqtt.next_message()
+        if message.topic == answering:
+            try:
+                check_answer(message, size)
+                result = read(message.payload)
+            except CryptoError as error:
+                mqtt.ignored[str(error)] += 1
+            else:
+                log_message(settings, action, "←", len(message.payload))
+                return result
+
+
+def log_message(settings: Settings, action: str, direction: str, size: int) -> None:
+    """Tell a person of one of the four messages, which has so many bytes."""
+    suite = SUITES[settings.suite]
+    number, topic, content, how = {
+        (True, "→"): (1, REQUEST, "our public key", suite.name),
+        (True, "←"): (2, RESPONSE, "the responder's public key", suite.name),
+        (False, "→"): (3, REQUEST, "the text, encrypted", suite.encryption),
+        (False, "←"): (4, RESPONSE, "the answer, encrypted", suite.encryption),
+    }[action == KEY_EXCHANGE, direction]
+    where = topic.format(settings.netid, action)
+    log().info("%d %s %s, %d bytes: %s (%s)", number, direction, where, size, content, how)
+
+
+def check_answer(answer: Message, size: int) -> None:
+    """Raise UnusableError for what is no answer, whatever it means.
+
+    :param size: of our own message, in bytes
+    """
+    if answer.is_retained:
+        raise UnusableError("retained from an earlier run")
+    # No action makes a text more than three times as long. A broker that sends far more wants us to
+    # be busy with it when the time is over.
+    if len(answer.payload) > 4 * size + MAX_KEY_FILE_SIZE:
+        raise UnusableError("far too large for an answer")
+
+
+def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
+    """Return the error for a client whose time is over."""
+    within = f"within {settings.timeout:g} s"
+    if mqtt.stage in (CONNECTING, CONNACK, SUBACK):
+        return silence(settings, mqtt.stage, f"no {mqtt.stage} came {within}")
+    is_exchange = mqtt.stage == EXCHANGE
+    topic = RESPONSE.format(settings.netid, KEY_EXCHANGE if is_exchange else settings.action)
+    faults = ", ".join(f"{fault} ({count})" for fault, count in mqtt.ignored.most_common())
+    wanted = "valid key" if is_exchange else "response for us"
+    if faults:
+        return ProgramError(
+            f"no {wanted} came on {topic} {within}, only: {faults}",
+            "check --peer-ca and --peer-name; someone may be tampering with the messages"
+            if is_exchange and settings.peer_ca
+            else "another client may be using this NETID, or someone tampers with the messages",
+        )
+    if is_exchange:
+        return ProgramError(
+            f"no responder answered the key exchange on {topic} {within}",
+            f"start one ({PROGRAM} --respond), or check NETID, --host and --port;"
+            " an access rule of the broker may also drop messages without a word, or the responder"
+            " demand an --identity",
+        )
+    return ProgramError(
+        f"no response came on {topic} {within}",
+        "the responder may have ended or not know this action (see its log), the message may be"
+        " too large for the broker, or an access rule may drop it",
+    )

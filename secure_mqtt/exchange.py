@@ -1,0 +1,86 @@
+"""The client's side of one key exchange, and the encryption under the key that it yields."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from crypto import TokenError, digest
+from secure_mqtt.suites import SUITES, Cipher, Transcript, key_blocks
+
+if TYPE_CHECKING:
+    from secure_mqtt.signatures import Authority, Identity
+
+
+class Exchange:
+    """One exchange as the client sees it."""
+
+    def __init__(
+        self,
+        netid: str,
+        suite: str,
+        identity: Identity | None = None,
+        authority: Authority | None = None,
+        peer_name: str = "",
+    ) -> None:
+        """Make the keys. KeyFileError if the group's file is unusable.
+
+        :param suite: one of SUITES
+        :param identity: to sign with; None: nobody asks who we are
+        :param authority: whose signature to demand of the peer; None: it may be anybody
+        :param peer_name: the name that the peer must have proved then
+        """
+        self._netid = netid
+        self._authority = authority
+        self._peer_name = peer_name
+        self._keys = SUITES[suite].client()
+        SUITES[suite].load()
+        blocks = self._keys.blocks
+        self._request = identity.sign(blocks, netid) if identity else blocks
+        self._cipher: Cipher
+        self._sent = 0
+        self._awaited: set[int] = set()
+        self._known: dict[bytes, str] = {}  # digests, each with what to say if it comes again
+
+    def request(self) -> bytes:
+        """Return the payload of message 1."""
+        return self._request
+
+    def agree(self, response: bytes) -> str:
+        """Take the payload of message 2.
+
+        :return: who has sent it, for a person
+        :raises PeerKeyError: it is not acceptable
+        """
+        if self._authority:
+            self._authority.verify(response, self._netid, self._peer_name, self._request)
+        transcript = Transcript(self._netid, self._request, response)
+        self._cipher = self._keys.agree(transcript)
+        if self._authority:
+            return f"has proved to be {self._peer_name!r}"
+        keys = b"".join(content for _, content in key_blocks(response))
+        return f"may be anybody, without --peer-ca; SHA-256 of its public key: {digest(keys).hex()}"
+
+    def seal(self, topic: str, plaintext: bytes) -> bytes:
+        """Return the next encrypted request, for a topic; they are numbered from 0."""
+        message = self._cipher.seal(topic, self._sent, plaintext)
+        self._awaited.add(self._sent)
+        self._known[digest(message)] = "our own message handed back"
+        self._sent += 1
+        return message
+
+    def open(self, topic: str, message: bytes) -> tuple[int, bytes]:
+        """Return an answer's plaintext after the number of the request that it answers.
+
+        :raises TokenError: it answers no request that waits
+        """
+        message_digest = digest(message)
+        if problem := self._known.get(message_digest):  # one key may serve both directions
+            raise TokenError(problem)
+        number, plaintext = self._cipher.open(topic, message)
+        if number is None:  # then one request is sent at a time
+            number = self._sent - 1
+        if number not in self._awaited:
+            raise TokenError("an answer to no request that waits")
+        self._awaited.remove(number)
+        self._known[message_digest] = "an answer that was here before"
+        return number, plaintext

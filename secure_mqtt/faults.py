@@ -1,0 +1,78 @@
+"""Why there is no connection to the broker, or none any more, in the user's words."""
+
+from __future__ import annotations
+
+import socket
+
+from secure_mqtt.errors import ProgramError
+from secure_mqtt.settings import Settings
+from secure_mqtt.tls import tls_problem
+
+# What is being waited for, from the start to the first subscription.
+CONNECTING, CONNACK, SUBACK = "TCP connection", "CONNACK", "SUBACK"
+
+
+def refusal(settings: Settings, reason: str) -> ProgramError:
+    """Return the error for a CONNACK that says no, for a reason."""
+    hints = {
+        "bad user name or password": "check --username and --password-file",
+        "not authorized": "it may want --username and --password-file, or --cert and --key",
+    }
+    return ProgramError(
+        f"the broker on {settings.broker} refuses the connection: {reason}",
+        hints.get(reason, "ask whoever runs it, or check --host and --port"),
+        is_final=reason in hints,
+    )
+
+
+def explain(error: Exception, stage: str, settings: Settings) -> ProgramError:
+    """Return the error for the end of a connection, which depends on how far it got.
+
+    :param error: what paho or the system has raised
+    :param stage: what was being waited for
+    """
+    if isinstance(error, ProgramError):
+        return error
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if stage not in (CONNECTING, CONNACK):
+        return ProgramError(
+            f"the connection to {settings.broker} was lost while waiting for {stage}: {reason}",
+            f"another client may have the client ID {settings.id!r}; choose one with --id",
+        )
+    if settings.uses_tls and (problem := tls_problem(settings)):
+        return problem
+    if stage == CONNACK:
+        return silence(settings, stage, f"no CONNACK came ({reason})")
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return ProgramError(
+            f"cannot find the host {settings.host!r}: {reason}",
+            "check --host, and that this machine is online",
+        )
+    if isinstance(error, ConnectionRefusedError):
+        return ProgramError(
+            f"connection refused: nothing listens on {settings.broker}",
+            f"start a broker there (mosquitto -p {settings.port}), or check --host and --port",
+        )
+    return silence(settings, stage, reason)
+
+
+def silence(settings: Settings, stage: str, reason: str) -> ProgramError:
+    """Return the error for a broker that does not say what it should.
+
+    :param stage: what was being waited for
+    """
+    if stage == CONNECTING:
+        return ProgramError(
+            f"cannot connect to {settings.broker}: {reason}",
+            "check --host and --port, and whether a firewall is in between",
+        )
+    if stage == CONNACK:
+        return ProgramError(
+            f"no MQTT broker answers on {settings.broker}: {reason}",
+            "check --port; the broker must speak MQTT 3.1.1, and a TLS port needs --cafile or"
+            " --tls",
+        )
+    return ProgramError(
+        f"the broker on {settings.broker} does not go on: {reason}",
+        "try again, or look at the broker's log",
+    )

@@ -1,0 +1,90 @@
+"""What --local brings: a broker and, for a request, a responder."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from secure_mqtt.connection import LOOP_INTERVAL
+from secure_mqtt.errors import ProgramError
+from secure_mqtt.log import log
+from secure_mqtt.responder import DRAINING_TIME, Responder
+from secure_mqtt.settings import Settings, random_id
+
+
+@contextlib.contextmanager
+def local_broker(settings: Settings) -> Iterator[None]:
+    """Run an MQTT broker in a thread, where the settings say.
+
+    Port 0 stands for a free one, which is put into the settings.
+    """
+    import asyncio
+    import logging
+
+    try:
+        from amqtt.broker import Broker as AmqttBroker
+        from amqtt.errors import AMQTTError, BrokerError
+    except ImportError:
+        raise ProgramError(
+            "--local needs the package amqtt", "install it: python3 -m pip install amqtt"
+        ) from None
+    logging.getLogger("amqtt").setLevel(logging.CRITICAL + 1)  # what matters is said here
+    if not settings.port:
+        with socket.create_server((settings.host, 0)) as server:
+            settings.port = server.getsockname()[1]  # for a moment, nobody else takes it
+    config = {
+        "listeners": {"default": {"type": "tcp", "bind": f"{settings.host}:{settings.port}"}},
+        "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+    }
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start() -> Any:
+        broker = AmqttBroker(config)
+        await broker.start()
+        return broker
+
+    try:
+        broker = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    except (AMQTTError, BrokerError) as error:
+        raise ProgramError(
+            f"the local broker cannot listen on {settings.broker}: {error}", "choose another port"
+        ) from None
+    try:
+        yield
+    finally:
+        asyncio.run_coroutine_threadsafe(broker.shutdown(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(LOOP_INTERVAL)
+
+
+@contextlib.contextmanager
+def local_services(settings: Settings) -> Iterator[None]:
+    """Run a broker and a responder for a request, and put into the settings how to reach them."""
+    settings.host, settings.port = "127.0.0.1", 0
+    ready = threading.Event()
+    names = {"netid": settings.netid, "host": settings.host, "id": random_id()}
+    its_settings = Settings(**names, timeout=settings.timeout)
+    responder = Responder(its_settings, on_ready=ready.set)
+
+    def run() -> None:
+        try:
+            responder.run()
+        except ProgramError as error:
+            log().warning("the responder of --local has ended: %s", error)
+        ready.set()
+
+    with local_broker(settings):
+        its_settings.port = settings.port
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            ready.wait(settings.timeout)
+            yield
+        finally:
+            responder.stop()
+            thread.join(DRAINING_TIME)

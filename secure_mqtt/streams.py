@@ -1,0 +1,79 @@
+"""Standard input, output and error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import TYPE_CHECKING, cast
+
+from crypto import token_size
+from secure_mqtt.errors import ProgramError
+from secure_mqtt.settings import Settings
+
+if TYPE_CHECKING:
+    import io
+
+MAX_TOKEN_SIZE = 268_435_455 - 1024  # bytes: MQTT 3.1.1, 2.2.3, less room for the topic
+
+
+def is_utf8(text: bytes) -> bool:
+    """Tell whether bytes are UTF-8."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def read_message(settings: Settings) -> bytes:
+    """Return the message, from standard input if the command line says so."""
+    if settings.message is not None:
+        return settings.message
+    try:
+        message = standard_input().read()
+    except OSError as error:
+        raise ProgramError(f"cannot read standard input: {error.strerror}") from None
+    return checked_message(message)
+
+
+def standard_input() -> io.BufferedReader:
+    """Return standard input. ProgramError if there is none."""
+    if sys.stdin is None:
+        raise ProgramError("cannot read MESSAGE from standard input: it is closed")
+    return cast("io.BufferedReader", sys.stdin.buffer)
+
+
+def checked_message(text: bytes) -> bytes:
+    """Return a message, or raise ProgramError if it can't be sent."""
+    check_size(len(text))
+    if not is_utf8(text):
+        raise ProgramError("MESSAGE on standard input is not UTF-8 text")
+    return text
+
+
+def check_size(size: int) -> None:
+    """Raise ProgramError for a message of so many bytes if that is too large."""
+    if token_size(size) > MAX_TOKEN_SIZE:
+        raise ProgramError(f"MESSAGE has {size} bytes, too many for MQTT", "send parts of it")
+
+
+def write_output(data: bytes) -> None:
+    """Write to standard output, whole and at once."""
+    if sys.stdout is None:
+        raise ProgramError("cannot write to standard output: it is closed", is_final=True)
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        # Python would try to write the rest again at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        problem = f"cannot write to standard output: {error.strerror}"
+        raise ProgramError(problem, is_final=True) from None
+
+
+def say(text: str) -> None:
+    """Write a line to standard error, if there is one."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,318 @@
+"""The suites: how two ends agree on keys, and how they encrypt with them.
+
+A suite is a class for the keys of each side, and one for the cipher that the sides agree on. Which
+one it is follows from the keys in message 1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from crypto import (
+    CERTIFICATE,
+    MAX_KEY_FILE_SIZE,
+    PUBLIC_KEY,
+    DhKeyPair,
+    FernetCipher,
+    PeerKeyError,
+    TokenError,
+    derive_key,
+    digest,
+    pem_blocks,
+    public_key_der,
+    public_value,
+    read_public_key,
+    to_pem,
+)
+
+X25519_PREFIX = bytes.fromhex("302a300506032b656e032100")  # of a SubjectPublicKeyInfo (RFC 8410)
+X25519_SIZE = 32  # bytes of a public key, a private key and the secret (RFC 7748, 5)
+X25519_INFO = b"secure-mqtt/1 x25519-aes256gcm\x00"
+COUNTER_SIZE, TAG_SIZE = 8, 16  # bytes, around the ciphertext of AES-GCM
+
+
+class Transcript(NamedTuple):
+    """The key exchange as both ends see it."""
+
+    netid: str
+    request: bytes  # the payload of message 1, whole
+    response: bytes  # the payload of message 2, whole
+
+
+Block = tuple[bytes, bytes]  # of PEM: label and content
+
+
+def key_blocks(payload: bytes) -> list[Block]:
+    """Return the PEM blocks of a key-exchange payload that come before its certificates.
+
+    :raises PeerKeyError: there is none, or the payload is larger than MAX_KEY_FILE_SIZE
+    """
+    if len(payload) > MAX_KEY_FILE_SIZE:
+        raise PeerKeyError("no valid public key: larger than 64 KiB")
+    blocks: list[Block] = []
+    try:
+        for block in pem_blocks(payload):
+            if block[0] == CERTIFICATE:
+                break
+            blocks.append(block)
+    except ValueError as error:
+        raise PeerKeyError(f"no valid public key: {error}") from None
+    if not blocks or blocks[0][0] != PUBLIC_KEY:
+        raise PeerKeyError("no valid public key: not in PEM, or another block comes first")
+    return blocks
+
+
+# --- ciphers -----------------------------------------------------------------------------------
+
+
+class Cipher(Protocol):
+    """Encryption between the two ends of an exchange. It can be pickled, for a worker."""
+
+    def seal(self, topic: str, number: int, plaintext: bytes) -> bytes:
+        """Return the encrypted message for a topic.
+
+        :param number: of the request, or of the one that is answered; each comes once only in each
+            direction
+        """
+
+    def open(self, topic: str, message: bytes) -> tuple[int | None, bytes]:
+        """Return a message's number, if the suite knows such, and its plaintext.
+
+        :raises TokenError: the other end has not sealed this for this topic
+        """
+
+
+class LabCipher:
+    """The lab's: Fernet, with one key for both directions, and neither topic nor number."""
+
+    __slots__ = ("_cipher",)
+
+    def __init__(self, key: bytes) -> None:
+        """Take the key, 32 bytes."""
+        self._cipher = FernetCipher(key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tell pickle how to make it again."""
+        return LabCipher, (self._cipher.key,)
+
+    def seal(self, topic: str, number: int, plaintext: bytes) -> bytes:
+        """Do as Cipher.seal() does."""
+        return self._cipher.seal(plaintext)
+
+    def open(self, topic: str, message: bytes) -> tuple[None, bytes]:
+        """Do as Cipher.open() does."""
+        return None, self._cipher.open(message)
+
+
+class GcmCipher:
+    """AES-256-GCM, bound to topic and number, with a key for each direction."""
+
+    __slots__ = ("_keys", "_open", "_seal")
+
+    def __init__(self, seal_key: bytes, open_key: bytes) -> None:
+        """Take the keys, 32 bytes each."""
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        self._keys = seal_key, open_key
+        self._seal, self._open = AESGCM(seal_key), AESGCM(open_key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tell pickle how to make it again."""
+        return GcmCipher, self._keys
+
+    def seal(self, topic: str, number: int, plaintext: bytes) -> bytes:
+        """Do as Cipher.seal() does."""
+        counter = number.to_bytes(COUNTER_SIZE, "big")
+        # Each direction has its own key, and each counter is used once: no nonce comes again.
+        return counter + self._seal.encrypt(bytes(4) + counter, plaintext, topic.encode())
+
+    def open(self, topic: str, message: bytes) -> tuple[int, bytes]:
+        """Do as Cipher.open() does."""
+        from cryptography.exceptions import InvalidTag
+
+        if len(message) < COUNTER_SIZE + TAG_SIZE:
+            raise TokenError("too short for a message")
+        counter, ciphertext = message[:COUNTER_SIZE], memoryview(message)[COUNTER_SIZE:]
+        try:
+            plaintext = self._open.decrypt(bytes(4) + counter, ciphertext, topic.encode())
+        except InvalidTag:
+            raise TokenError("not encrypted with our key") from None
+        return int.from_bytes(counter, "big"), plaintext
+
+
+def gcm_cipher(secret: bytes, info: bytes, transcript: Transcript, is_client: bool) -> GcmCipher:
+    """Return one end's cipher for a shared secret Z, bound to all of the exchange.
+
+    :param info: names the suite
+    """
+    salt = digest(transcript.request) + digest(transcript.response)
+    key = derive_key(secret, 64, salt, info + transcript.netid.encode())
+    keys = key[:32], key[32:]  # of requests, of responses
+    return GcmCipher(*(keys if is_client else reversed(keys)))
+
+
+# --- each side's keys --------------------------------------------------------------------------
+
+
+class Keys(Protocol):
+    """The keys of one side for one exchange."""
+
+    blocks: bytes  # PEM: what the side's message begins with
+
+    def agree(self, transcript: Transcript) -> Cipher:
+        """Return the side's cipher. PeerKeyError if the other end's keys are unusable, or ours."""
+
+
+class LabClient:
+    """A client's key pair in the lab's group."""
+
+    def __init__(self) -> None:
+        """Make a key pair."""
+        self._key_pair = DhKeyPair()
+        self.blocks = self._key_pair.public_key
+
+    def agree(self, transcript: Transcript) -> Cipher:
+        """Do as Keys.agree() does."""
+        peer_value = read_public_key(transcript.response)
+        if peer_value == self._key_pair.public_value:
+            raise PeerKeyError("our own key handed back")
+        return LabCipher(self._key_pair.derive(peer_value))
+
+
+class LabResponder:
+    """A responder's key pair in the lab's group, for a client's key."""
+
+    def __init__(self, request: bytes, key_pair: DhKeyPair | None = None) -> None:
+        """Read the client's key.
+
+        :param request: the payload of message 1
+        :param key_pair: one that was made ahead for this exchange; None: it is made now
+        :raises PeerKeyError: the client's key is unusable
+        """
+        self._peer_value = read_public_key(request)
+        self._key_pair = key_pair or DhKeyPair()
+        self.blocks = self._key_pair.public_key
+
+    def agree(self, transcript: Transcript) -> Cipher:
+        """Do as Keys.agree() does."""
+        return LabCipher(self._key_pair.derive(self._peer_value))
+
+
+class X25519KeyPair:
+    """A key pair for X25519 (RFC 7748)."""
+
+    def __init__(self, private_key: bytes = b"") -> None:
+        """Make a key pair, from the 32 bytes of a private key if they are given."""
+        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+        self._private = X25519PrivateKey.from_private_bytes(private_key or os.urandom(X25519_SIZE))
+        self._public = self._private.public_key().public_bytes_raw()
+
+    @property
+    def block(self) -> bytes:
+        """The public key (PEM)."""
+        return to_pem(PUBLIC_KEY, X25519_PREFIX + self._public)
+
+    def agree(self, block: Block) -> bytes:
+        """Return the secret shared with the owner of a public key, 32 bytes.
+
+        :raises PeerKeyError: it is no such key, our own, or of small order
+        """
+        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+
+        label, der = block
+        peer = der[-X25519_SIZE:]
+        if label != PUBLIC_KEY or der != X25519_PREFIX + peer:
+            raise PeerKeyError("no valid public key: a key of another type")
+        if peer == self._public:
+            raise PeerKeyError("our own key handed back")
+        try:
+            return self._private.exchange(X25519PublicKey.from_public_bytes(peer))
+        except ValueError:  # Z is zero (RFC 7748, 6.1)
+            raise PeerKeyError("no valid public key: of small order") from None
+
+
+def only_block(payload: bytes) -> Block:
+    """Return the one PEM block before the certificates. PeerKeyError if there are more."""
+    block, *others = key_blocks(payload)
+    if others:
+        raise PeerKeyError("no valid public key: another block after it")
+    return block
+
+
+class X25519Client:
+    """A client's keys in the suite x25519."""
+
+    def __init__(self, private_key: bytes = b"") -> None:
+        """Make a key pair, from the 32 bytes of a private key if they are given."""
+        self._key_pair = X25519KeyPair(private_key)
+        self.blocks = self._key_pair.block
+
+    def agree(self, transcript: Transcript) -> Cipher:
+        """Do as Keys.agree() does."""
+        secret = self._key_pair.agree(only_block(transcript.response))
+        return gcm_cipher(secret, X25519_INFO, transcript, is_client=True)
+
+
+class X25519Responder:
+    """A responder's keys in the suite x25519, for a client's key."""
+
+    def __init__(self, request: bytes, private_key: bytes | None = None) -> None:
+        """Agree on the secret.
+
+        :param request: the payload of message 1
+        :param private_key: 32 bytes; None: random ones
+        :raises PeerKeyError: the client's key is unusable
+        """
+        key_pair = X25519KeyPair(private_key or b"")
+        self._secret = key_pair.agree(only_block(request))
+        self.blocks = key_pair.block
+
+    def agree(self, transcript: Transcript) -> Cipher:
+        """Do as Keys.agree() does."""
+        return gcm_cipher(self._secret, X25519_INFO, transcript, is_client=False)
+
+
+# --- the suites --------------------------------------------------------------------------------
+
+
+class Suite(NamedTuple):
+    """A suite: what it is called, and what its keys are."""
+
+    name: str
+    encryption: str  # for a person
+    client: Callable[[], Keys]
+    responder: Callable[..., Keys]  # takes the payload of message 1
+    is_numbered: bool  # whether an answer tells which request it is for
+    # Makes what the responder's keys take as their second argument, ahead, since it takes long.
+    prepare: Callable[[], Any] | None = None
+
+    def load(self) -> None:
+        """Import what it needs, so that nobody waits for it later."""
+        import cryptography.hazmat.primitives.kdf.hkdf
+
+        if self.is_numbered:
+            import cryptography.exceptions
+            import cryptography.hazmat.primitives.asymmetric.x25519
+            import cryptography.hazmat.primitives.ciphers.aead
+        else:
+            import cryptography.fernet  # noqa: F401
+
+
+LAB = Suite("dh4096", "Fernet", LabClient, LabResponder, is_numbered=False, prepare=DhKeyPair)
+X25519 = Suite("x25519", "AES-256-GCM", X25519Client, X25519Responder, is_numbered=True)
+SUITES = {suite.name: suite for suite in (LAB, X25519)}
+
+
+def suite_of(payload: bytes) -> Suite:
+    """Return the suite that the first key of message 1 belongs to.
+
+    :raises PeerKeyError: it is no key of any suite
+    """
+    der = public_key_der(payload)
+    if der[:-X25519_SIZE] == X25519_PREFIX:
+        return X25519
+    public_value(der)
+    return LAB

@@ -1,0 +1,124 @@
+"""TLS with the broker, and why it failed."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from secure_mqtt.certificates import has_expired
+from secure_mqtt.errors import ProgramError, UsageError
+from secure_mqtt.settings import Settings, read_file
+
+if TYPE_CHECKING:  # loaded where it is used: --help and usage errors do not need it
+    import ssl
+
+PROBE_TIME = 1.0  # seconds to find out why TLS has failed
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext:
+    """Return a context for TLS 1.2 or newer, from the files as they are now.
+
+    :raises UsageError: a file cannot be used
+    """
+    import ssl
+
+    def refuse_password() -> NoReturn:
+        raise UsageError("--key is encrypted; decrypt it: openssl pkey -in KEY -out NEW_KEY")
+
+    names = {"--cafile": settings.cafile, "--cert": settings.cert, "--key": settings.key}
+    contents = {option: read_file(option, name) for option, name in names.items() if name}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if settings.insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    else:
+        try:
+            context = ssl.create_default_context(cafile=settings.cafile or None)
+        except ssl.SSLError:
+            raise UsageError(f"--cafile {settings.cafile} holds no certificate in PEM") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if settings.cert:
+        try:
+            context.load_cert_chain(settings.cert, settings.key, refuse_password)
+        except ssl.SSLError as error:
+            reason = "belong to each other" if "MISMATCH" in str(error) else "hold PEM"
+            raise UsageError(f"--cert and --key do not {reason}") from None
+        with contextlib.suppress(ValueError):  # not in DER: then the broker will tell
+            if has_expired(contents["--cert"]):
+                raise UsageError(f"--cert {settings.cert} has expired; renew it")
+    return context
+
+
+def describe(sock: Any) -> str:
+    """Tell of a connection's TLS, for a person: its version, and the broker's certificate."""
+    if not hasattr(sock, "getpeercert"):
+        return "without TLS"
+    if not (certificate := sock.getpeercert()):  # which was not verified
+        return f"{sock.version()}, with a certificate that nobody has verified"
+    names = ", ".join(repr(name) for _, name in certificate.get("subjectAltName", ()))
+    return f"{sock.version()}, certified as {names} until {certificate['notAfter']}"
+
+
+# Parts of what OpenSSL says, each with what it means and what to do.
+TLS_PROBLEMS = {
+    "unable to get|self.signed": (
+        "its certificate comes from an unknown authority",
+        "give the authority's certificate with --cafile",
+    ),
+    "certificate has expired": ("its certificate has expired", "it must be renewed there"),
+    "not yet valid": ("its certificate is not valid yet", "check this machine's clock"),
+    "mismatch": ("its certificate is for {names}, not for {host}", "check --host"),
+    "verify failed": (
+        "its certificate is not good ({reason})",
+        "it must be for a server, and issued by the authority in --cafile",
+    ),
+    "certificate required|handshake failure": (
+        "it wants a client certificate",
+        "give one with --cert and --key",
+    ),
+    " alert ": (
+        "it refuses our certificate ({reason})",
+        "use a certificate that its authority has issued and that is valid now",
+    ),
+    "wrong version|record layer|packet length|eof|reset": (
+        "it does not speak TLS on this port",
+        "check --port, or leave out the TLS options",
+    ),
+}
+
+
+def tls_problem(settings: Settings) -> ProgramError | None:
+    """Return the error if TLS with the broker fails: tries it, as paho does not pass alerts on."""
+    try:
+        context = tls_context(settings)
+        with socket.create_connection((settings.host, settings.port), PROBE_TIME) as plain:
+            context.wrap_socket(plain, server_hostname=settings.host).recv(1)
+        return None
+    except TimeoutError:
+        return None
+    except UsageError as error:  # a file has just become unusable
+        return error
+    except (OSError, ValueError) as error:  # ValueError for a host that cannot be one
+        reason = re.sub(r"\[SSL.*?\] | \(_ssl.*\)", "", str(error))
+    for pattern, (problem, hint) in TLS_PROBLEMS.items():
+        if re.search(pattern, reason.lower()):
+            names = certified_names(settings) if "{names}" in problem else ""
+            problem = problem.format(names=names, host=settings.host, reason=reason)
+            return ProgramError(f"TLS failed with the broker on {settings.broker}: {problem}", hint)
+    return None
+
+
+def certified_names(settings: Settings) -> str:
+    """Return the names in the broker's certificate, for an error: asks the broker for it again."""
+    import ssl
+
+    from cryptography import x509
+
+    with contextlib.suppress(Exception):  # whatever a stranger's certificate makes a parser raise
+        pem = ssl.get_server_certificate((settings.host, settings.port), timeout=PROBE_TIME)
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return ", ".join(repr(str(name.value)) for name in names)  # a stranger chose them
+    return "another name"

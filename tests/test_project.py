@@ -32,11 +32,6 @@ def metadata(name: str) -> object:
     return ast.literal_eval(value[1])
 
 
-def test_the_readme_shows_the_help_as_it_is() -> None:
-    blocks = re.findall(r"(?ms)^```\w*\n(usage: .*?)^```$", text_of("README.md"))
-    assert blocks == [program.HELP]
-
-
 def test_the_inline_metadata_names_the_requirements() -> None:
     dependencies = metadata("dependencies")
     assert isinstance(dependencies, list)

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import broker_side
 import hostile
 import pytest
-from broker_side import PASSWORDS, BrokerSide, Client, free_ports, issue, made, started
+from broker_side import PASSWORDS, BrokerSide, Client, issue, made, started
 from conftest import (
     PROGRAM,
-    ROOT,
     SAFETY,
     ResponderProcess,
-    copy_program,
     error_lines,
     free_port,
     processes_below,
@@ -851,77 +847,3 @@ def test_a_responder_says_that_it_cannot_use_a_file_and_goes_on_when_it_can_agai
         for path in certificates.iterdir():
             shutil.copy(path, own)
         responder.wait_for("ready", times=2)
-
-
-# --- the README --------------------------------------------------------------------------------
-
-
-def section(title: str) -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-
-
-@contextlib.contextmanager
-def ready(command: str, **options: object) -> Iterator[None]:
-    """Run a command of the shell from its line `ready` to the end of the block."""
-    process: subprocess.Popen[str] = subprocess.Popen(
-        ["bash", "-c", command],
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,  # type: ignore[call-overload]
-    )
-    assert process.stderr
-    with broker_side.killed_at_timeout(process), process.stderr:
-        try:
-            assert process.stderr.readline().startswith("ready")
-            yield
-        finally:
-            process.terminate()
-            assert process.wait(SAFETY) == 0
-
-
-def test_the_readmes_five_commands_lead_from_nothing_to_a_request_with_mutual_tls(
-    tmp_path: Path,
-) -> None:
-    text = section("With TLS: from nothing to a mutual-TLS request in five commands")
-    commands = re.findall(r"(?m)^```sh\n(.*)\n```$", text)
-    [answer] = re.findall(r"(?m)^```text\n(.*)\n```$", text)
-    copy_program(tmp_path)
-    for file in "dhparam4096.pem", "requirements.txt":
-        shutil.copy(ROOT / file, tmp_path)
-    shutil.copytree(ROOT / "broker", tmp_path / "broker")
-    ports = free_ports()
-    # What is installed here stands in for the network: pip finds nothing missing.
-    packages = {"PYTHONPATH": sysconfig.get_path("purelib"), "PIP_NO_INDEX": "1"}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    options = {"cwd": tmp_path, "env": os.environ | ports | packages | {"PATH": path}}
-    set_up, make, start, respond, request = (
-        command.replace(PROGRAM.name, f"{PROGRAM.name} -p {ports['TLS_PORT']}")
-        for command in commands
-    )
-    for command in set_up, make:
-        subprocess.run(["bash", "-c", command], check=True, timeout=SAFETY, **options)  # type: ignore[call-overload]
-    with ready(start, **options), ready(respond, **options):
-        result = subprocess.run(
-            ["bash", "-c", request],
-            capture_output=True,
-            timeout=SAFETY,
-            **options,  # type: ignore[call-overload]
-        )
-    assert (result.stderr, result.stdout.decode()) == (b"", answer + "\n")
-
-
-def test_the_readmes_unit_of_systemd_starts_a_responder(certificates: Path) -> None:
-    [unit] = re.findall(r"(?ms)^```ini\n(.*?)^```$", section("The responder"))
-    [command] = re.findall(r"(?m)^ExecStart=(.*)$", unit.replace("\\\n", " "))
-    names = re.findall(r"(?m)^LoadCredential=([\w.]+):/\S+$", unit)
-    assert sorted(names) == ["ca.crt", "responder.crt", "responder.key"]
-    interpreter, path, *arguments = command.replace(
-        "${CREDENTIALS_DIRECTORY}", str(certificates)
-    ).split()
-    assert (Path(interpreter).name, Path(path).name) == ("python", PROGRAM.name)
-    settings = program.settings_from(arguments)
-    assert settings.respond
-    assert settings.status_topic.startswith("status/")  # as broker/acl has it
-    assert settings.uses_tls
-    assert settings.cert == str(certificates / "responder.crt")

@@ -1,4 +1,4 @@
-"""Certificates (RFC 5280): when they end."""
+"""Certificates (RFC 5280): how many and how large, and when they end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from datetime import datetime, timezone
 
 from crypto import CERTIFICATE, from_der, from_pem
 
+MAX_CHAIN = 3  # certificates that a peer proves itself with: its own, and two of authorities
+MAX_CERTIFICATE_SIZE = 8192  # bytes of DER; most have less than 2,000
+# Bytes of a key exchange. What is signed needs no more than 36,578, in PEM with CRLF: 33,966 for
+# such a chain, 1,830 for keys of ML-KEM-768 and X25519, 782 for a signature by RSA of 4096 bits.
+MAX_EXCHANGE_SIZE = 40 * 1024
 UTC_TIME = 0x17  # a tag in DER (X.690)
 
 

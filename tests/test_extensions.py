@@ -346,7 +346,8 @@ SAYS = {  # what is wrong with a bundle, and what is said of it
     "unknown authority": "from an unknown authority$",
     "expired": "has expired, or is not valid yet$",
     "usage": "for another purpose$",
-    "name": "^signed by '.*', expected '.*'$|malformed, or of another kind$",
+    "name": "^signed by '.*', expected '.*'$|^signed with a certificate (without a name|that is not"
+    " valid)$|malformed, or of another kind$",
     "key type": "malformed, or of another kind$",
     "signature": "^its signature does not match$",
     "malformed": MALFORMED + "|^its signature does not match$",

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 NETID = "le0nh4rt"
-CLIENT_AUTH, SERVER_AUTH = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
+PURPOSES = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])
 NOW = datetime.now(timezone.utc).replace(microsecond=0)  # a certificate knows no smaller part
 HOUR = timedelta(hours=1)
 
@@ -65,7 +65,7 @@ def key_usage(*usages: str) -> x509.KeyUsage:
     return x509.KeyUsage(**{kind: kind in usages for kind in kinds})
 
 
-ALICE = named(NETID), x509.ExtendedKeyUsage([CLIENT_AUTH, SERVER_AUTH])  # a leaf's extensions
+ALICE = named(NETID), PURPOSES  # a leaf's extensions
 
 
 class Issuer(NamedTuple):

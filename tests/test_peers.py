@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hostile
+import issuing
 import pytest
 import reference
 from broker_side import issue, load, made
@@ -47,6 +48,7 @@ from hostile import (
     patiently,
     relay,
 )
+from issuing import PURPOSES, Issuer
 from test_extensions import ODD_CERTIFICATES
 
 import crypto
@@ -865,6 +867,20 @@ class Requester(NamedTuple):
         key = self.certificates.signer("alice").key
         return Signer(key, chain).sign("alice", self.public_key)
 
+    def certified(self, public_key: object) -> bytes:
+        """Return it with a certificate of the trusted authority for this key."""
+        authority = self.certificates.signer("ca").key
+        issuer = Issuer(authority, load(self.certificates.directory, "ca").subject)
+        leaf = issuer.issue(public_key, issuing.named("alice"), PURPOSES)
+        return Signer(issuing.p256(), issuing.pem(leaf)).sign("alice", self.public_key)
+
+    def self_issued(self, key: reference.SigningKey, count: int) -> bytes:
+        """Return it with certificates of one key, each of which could have issued any other."""
+        issuer = Issuer(key, issuing.common_name("mallory"))
+        chain = [issuer.certify(issuer)] * (count - 1)
+        leaf = issuer.issue(key.public_key(), issuing.named("alice"), PURPOSES, subject=issuer.name)
+        return Signer(key, issuing.pem(leaf, *chain)).sign("alice", self.public_key)
+
 
 # NetID, message 1, and the reason for which the responder ignores it.
 WRONG_REQUESTS: Mapping[str, tuple[str, Callable[[Requester], bytes], str]] = {
@@ -936,7 +952,11 @@ WRONG_REQUESTS: Mapping[str, tuple[str, Callable[[Requester], bytes], str]] = {
         lambda r: r.certificates.signer("alice").sign("alice", LOW_ORDER["0"].encode()),
         "no valid public key: of small order",
     ),
-    "with a certificate of names twice": ("alice", lambda r: r.odd("the names twice"), MALFORMED),
+    "with a certificate of names twice": (
+        "alice",
+        lambda r: r.odd("the names twice"),
+        "signed with a certificate that is not valid",
+    ),
     "with a certificate of version 10": (
         "alice",
         lambda r: r.odd("version 10, which does not exist"),
@@ -951,6 +971,21 @@ WRONG_REQUESTS: Mapping[str, tuple[str, Callable[[Requester], bytes], str]] = {
         "alice",
         lambda r: r.odd("a negative serial number"),
         "signed with a certificate",
+    ),
+    "with a key that cannot sign, which the authority has certified": (
+        "alice",
+        lambda r: r.certified(x25519.X25519PrivateKey.generate().public_key()),
+        MALFORMED,
+    ),
+    "with six certificates of a key that takes long": (
+        "alice",
+        lambda r: r.self_issued(issuing.odd_rsa(3072, 3000), 6),
+        "signed with more than 3 certificates, or one of more than 8 KiB",
+    ),
+    "with three certificates of a key that takes long": (
+        "alice",
+        lambda r: r.self_issued(issuing.p384(), 3),
+        "signed with a certificate from an unknown authority",
     ),
 }  # fmt: skip
 

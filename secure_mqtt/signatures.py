@@ -12,7 +12,7 @@ from cryptography import exceptions, x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
-from cryptography.x509.oid import PublicKeyAlgorithmOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, PublicKeyAlgorithmOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from crypto import CERTIFICATE, KeyFileError, PeerKeyError, digest, pem_blocks, to_pem
@@ -37,9 +37,10 @@ KEY_ALGORITHMS = (
     PublicKeyAlgorithmOID.RSAES_PKCS1_v1_5,
 )
 TOO_MUCH = f"more than {MAX_CHAIN} certificates, or one of more than 8 KiB"
+OTHER_PURPOSE = "for another purpose"
 CHAIN_PROBLEMS = {  # parts of what the library says, each with what it means
     "not valid at": "that has expired, or is not valid yet",
-    "EKU": "for another purpose",
+    "EKU": OTHER_PURPOSE,
     "candidates exhausted": "from an unknown authority",
     "2.5.29.17: Certificate is missing": "without a name",  # the OID of subjectAltName
     "subjectAltName": "without a name",
@@ -120,6 +121,7 @@ class Authority:
                 warnings.simplefilter("ignore")
                 leaf, *others = _read_chain(chain)
             self._check_chain(leaf, others, is_client=request is None)
+            _check_purpose(leaf, is_client=request is None)
             _check_name(leaf, name)
             key: Any = leaf.public_key()
             key.verify(signature, signed_bytes, *_signature_scheme(key))
@@ -192,6 +194,20 @@ def _read_chain(chain: list[bytes]) -> list[Any]:
     return certificates
 
 
+def _check_purpose(leaf: Any, is_client: bool) -> None:
+    """Check that a certificate says that its key signs for a client's end, or a responder's.
+
+    One that says nothing may be for anything else. anyExtendedKeyUsage does not do either: whoever
+    demands a purpose may refuse it (RFC 5280, 4.2.1.12).
+    """
+    purpose = ExtendedKeyUsageOID.CLIENT_AUTH if is_client else ExtendedKeyUsageOID.SERVER_AUTH
+    if purpose not in (_extension(leaf, x509.ExtendedKeyUsage) or ()):
+        raise PeerKeyError(f"signed with a certificate {OTHER_PURPOSE}")
+    usage = _extension(leaf, x509.KeyUsage)
+    if usage and not usage.digital_signature:
+        raise PeerKeyError("signed with a certificate for a key that is not for signatures")
+
+
 def _check_name(leaf: Any, name: str) -> None:
     names = _dns_names(leaf)
     if name not in names:
@@ -199,12 +215,16 @@ def _check_name(leaf: Any, name: str) -> None:
 
 
 def _dns_names(certificate: Any) -> list[str]:
+    names = _extension(certificate, x509.SubjectAlternativeName)
+    return names.get_values_for_type(x509.DNSName) if names else []
+
+
+def _extension(certificate: Any, kind: Any) -> Any:
+    """Return a certificate's extension of a kind, or None."""
     try:
-        kind = x509.SubjectAlternativeName
-        extension = certificate.extensions.get_extension_for_class(kind).value
+        return certificate.extensions.get_extension_for_class(kind).value
     except x509.ExtensionNotFound:
-        return []
-    return [*extension.get_values_for_type(x509.DNSName)]
+        return None
 
 
 def _signature_blocks(payload: bytes) -> list[bytes]:

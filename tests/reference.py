@@ -134,11 +134,22 @@ def verify_bundle(
         policy.build_client_verifier().verify(chain[0], chain[1:])
     else:
         policy.build_server_verifier(x509.DNSName(name)).verify(chain[0], chain[1:])
+    check_purpose(chain[0], "1.3.6.1.5.5.7.3.2" if payload1 is None else "1.3.6.1.5.5.7.3.1")
     names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     if name not in names.get_values_for_type(x509.DNSName):
         raise ValueError("another's certificate")
     verify(chain[0].public_key(), signature, signed_bytes(netid, der, payload1))
     return der
+
+
+def check_purpose(leaf: x509.Certificate, purpose: str) -> None:
+    """Check that a certificate is for clientAuth or serverAuth, and its key for signatures."""
+    purposes = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    if purpose not in [each.dotted_string for each in purposes]:
+        raise ValueError("for another purpose")
+    for extension in leaf.extensions:
+        if isinstance(extension.value, x509.KeyUsage) and not extension.value.digital_signature:
+            raise ValueError("not for signatures")
 
 
 def x25519_secret(private: x25519.X25519PrivateKey, peer_der: bytes) -> bytes:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hostile
 import issuing
@@ -23,6 +23,7 @@ import pytest
 import reference
 from broker_side import issue, load, made
 from conftest import VECTORS, Mosquitto, Peer, ResponderProcess, error_lines, run, wait_until
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import x25519
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -63,6 +64,7 @@ LOW_ORDER: dict[str, str] = json.loads((VECTORS / "extensions.json").read_text("
 NO_KEY = "no valid key came on {}/key-exchange/response"
 # For cases that run at the same time; a client signs only for a NetID that its certificate names.
 NETIDS = {suite: [f"{suite}-{number}" for number in range(20)] for suite in SUITES}
+ENCRYPTS = issuing.key_usage("key_encipherment")
 SIGNATURE = b"-----BEGIN SECURE MQTT SIGNATURE-----"
 
 
@@ -101,6 +103,16 @@ class Certificates:
         key = load_pem_private_key((self.directory / f"{name}.key").read_bytes(), None)
         assert isinstance(key, reference.SigningKey)
         return Signer(key, (self.directory / f"{name}.crt").read_bytes())
+
+    def issued(self, name: str, *extensions: x509.ExtensionType, public_key: Any = None) -> Signer:
+        """Return who signs with a certificate for this name with some extensions.
+
+        :param public_key: what it certifies; None: the one that belongs to the signer's key
+        """
+        issuer = Issuer(self.signer("ca").key, load(self.directory, "ca").subject)
+        key = issuing.p256()
+        leaf = issuer.issue(public_key or key.public_key(), issuing.named(name), *extensions)
+        return Signer(key, issuing.pem(leaf))
 
 
 @pytest.fixture(scope="module")
@@ -555,6 +567,11 @@ class Forger(NamedTuple):
         request = self.message_1 if request == b"" else request
         return self.certificates.signer(name).sign(netid, self.public_key, request)
 
+    def issued(self, *extensions: x509.ExtensionType) -> bytes:
+        """Return it with a certificate of the trusted authority with some extensions."""
+        signer = self.certificates.issued("responder", *extensions)
+        return signer.sign("alice", self.public_key, self.message_1)
+
     def odd(self, what: str) -> bytes:
         """Return it with a certificate that no authority would issue."""
         chain = reference.pem("CERTIFICATE", ODD_CERTIFICATES[what])
@@ -597,6 +614,14 @@ WRONG_ANSWERS: Mapping[str, tuple[Callable[[Forger], bytes], str]] = {
     "the certificate is for clients": (
         lambda f: f.signed("mallory"),
         "signed with a certificate for another purpose",
+    ),
+    "the certificate says nothing of its purpose": (
+        lambda f: f.issued(),
+        "signed with a certificate for another purpose",
+    ),
+    "the certificate's key is for encryption": (
+        lambda f: f.issued(PURPOSES, ENCRYPTS),
+        "signed with a certificate for a key that is not for signatures",
     ),
     "it is the client's own message 1": (
         lambda f: f.message_1,
@@ -867,13 +892,6 @@ class Requester(NamedTuple):
         key = self.certificates.signer("alice").key
         return Signer(key, chain).sign("alice", self.public_key)
 
-    def certified(self, public_key: object) -> bytes:
-        """Return it with a certificate of the trusted authority for this key."""
-        authority = self.certificates.signer("ca").key
-        issuer = Issuer(authority, load(self.certificates.directory, "ca").subject)
-        leaf = issuer.issue(public_key, issuing.named("alice"), PURPOSES)
-        return Signer(issuing.p256(), issuing.pem(leaf)).sign("alice", self.public_key)
-
     def self_issued(self, key: reference.SigningKey, count: int) -> bytes:
         """Return it with certificates of one key, each of which could have issued any other."""
         issuer = Issuer(key, issuing.common_name("mallory"))
@@ -929,6 +947,16 @@ WRONG_REQUESTS: Mapping[str, tuple[str, Callable[[Requester], bytes], str]] = {
         lambda r: r.signed("localhost", netid="localhost"),
         "signed with a certificate for another purpose",
     ),
+    "with a certificate that says nothing of its purpose": (
+        "alice",
+        lambda r: r.certificates.issued("alice").sign("alice", r.public_key),
+        "signed with a certificate for another purpose",
+    ),
+    "with a key for encryption": (
+        "alice",
+        lambda r: r.certificates.issued("alice", PURPOSES, ENCRYPTS).sign("alice", r.public_key),
+        "signed with a certificate for a key that is not for signatures",
+    ),
     "a message 2": ("responder", lambda r: r.signed("responder", "responder", b"any"), MISMATCH),
     "with another public key": (
         "alice",
@@ -974,7 +1002,9 @@ WRONG_REQUESTS: Mapping[str, tuple[str, Callable[[Requester], bytes], str]] = {
     ),
     "with a key that cannot sign, which the authority has certified": (
         "alice",
-        lambda r: r.certified(x25519.X25519PrivateKey.generate().public_key()),
+        lambda r: r.certificates.issued(
+            "alice", PURPOSES, public_key=x25519.X25519PrivateKey.generate().public_key()
+        ).sign("alice", r.public_key),
         MALFORMED,
     ),
     "with six certificates of a key that takes long": (

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from issuing import ALICE, NETID, Issuer, odd_rsa, p256, p384, pem, signed
 
 from crypto import (
@@ -44,17 +45,17 @@ ANCHOR = COURSE.certify(COURSE)
 AUTHORITY = Authority(pem(ANCHOR))
 
 
-def prove(payload: bytes) -> None:
-    """Check that a message 1 proves the NetID."""
-    AUTHORITY.verify(payload, NETID, NETID)
+def prove(payload: bytes, request: bytes | None = None) -> None:
+    """Check that message 1 or, if that is given as request, message 2 proves the NetID."""
+    AUTHORITY.verify(payload, NETID, NETID, request)
 
 
-def refuse(payload: bytes, reason: str) -> None:
-    """Check that a message 1 is refused for a reason, by the second implementation as well."""
+def refuse(payload: bytes, reason: str, request: bytes | None = None) -> None:
+    """Check that it is refused for a reason, by the second implementation as well."""
     with pytest.raises(PeerKeyError, match=reason):
-        prove(payload)
+        prove(payload, request)
     with pytest.raises(reference.REFUSED):
-        reference.verify_bundle(payload, NETID, NETID, [ANCHOR])
+        reference.verify_bundle(payload, NETID, NETID, [ANCHOR], request)
 
 
 # --- how much a peer may present ---------------------------------------------------------------
@@ -228,6 +229,59 @@ def test_the_trusted_authority_can_certify_no_key_of(what: str) -> None:
     if what.endswith("31 bytes"):
         public_key = to_der([from_der(public_key + b"\0")[0], (BIT_STRING, b"\0" + bytes(31))])
     refuse(certified(public_key), "^its signature or certificate is malformed, or of another kind$")
+
+
+# --- what a certificate is for -----------------------------------------------------------------
+
+CLIENT, RESPONDER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
+ANY, CODE = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE, ExtendedKeyUsageOID.CODE_SIGNING
+OTHER_PURPOSE = "^signed with a certificate for another purpose$"
+NO_SIGNATURES = "^signed with a certificate for a key that is not for signatures$"
+# extendedKeyUsage, keyUsage (None: the certificate has none), and what is said of it as a client's
+# and as a responder's ("": it is accepted).
+USAGES: dict[str, tuple[list[Any] | None, list[str] | None, str, str]] = {
+    "clients": ([CLIENT], None, "", OTHER_PURPOSE),
+    "responders": ([RESPONDER], None, OTHER_PURPOSE, ""),
+    "both": ([CLIENT, RESPONDER], ["digital_signature"], "", ""),
+    "clients and anything": ([ANY, CLIENT], ["digital_signature"], "", OTHER_PURPOSE),
+    "anything": ([ANY], ["digital_signature"], OTHER_PURPOSE, OTHER_PURPOSE),
+    "code": ([CODE], ["digital_signature"], OTHER_PURPOSE, OTHER_PURPOSE),
+    "it does not say what": (None, ["digital_signature"], OTHER_PURPOSE, OTHER_PURPOSE),
+    "neither it nor its key says what": (None, None, OTHER_PURPOSE, OTHER_PURPOSE),
+    "clients, its key for more": ([CLIENT], ["digital_signature", "crl_sign"], "", OTHER_PURPOSE),
+    "clients, its key for encryption": (
+        [CLIENT],
+        ["key_encipherment", "data_encipherment"],
+        NO_SIGNATURES,
+        OTHER_PURPOSE,
+    ),
+    "both, its key for contracts": (
+        [CLIENT, RESPONDER],
+        ["content_commitment"],
+        NO_SIGNATURES,
+        NO_SIGNATURES,
+    ),
+    "both, its key for nothing": ([CLIENT, RESPONDER], [], NO_SIGNATURES, NO_SIGNATURES),
+}
+
+
+@pytest.mark.parametrize("what", USAGES)
+def test_a_certificate_proves_only_what_it_is_for(what: str) -> None:
+    purposes, usages, *problems = USAGES[what]
+    extensions: list[x509.ExtensionType] = [ALICE[0]]
+    if purposes is not None:
+        extensions.append(x509.ExtendedKeyUsage(purposes))
+    if usages is not None:
+        extensions.append(issuing.key_usage(*usages))
+    key = p256()
+    leaf = COURSE.issue(key.public_key(), *extensions)
+    for request, problem in zip((None, b"message 1"), problems, strict=True):
+        payload = signed(key, leaf, request=request)
+        if problem:
+            refuse(payload, problem, request)
+        else:
+            prove(payload, request)
+            reference.verify_bundle(payload, NETID, NETID, [ANCHOR], request)
 
 
 # --- what a stranger's message costs -----------------------------------------------------------

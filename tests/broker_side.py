@@ -26,7 +26,7 @@ from conftest import ROOT, SAFETY
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hostile import changed_program
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
@@ -100,6 +100,8 @@ def issue(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(issuers_key.public_key()), False
         )
     )
+    purposes = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
+    builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), False)
     if names:
         dns_names = x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
         builder = builder.add_extension(dns_names, False)

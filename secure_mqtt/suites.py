@@ -27,7 +27,6 @@ from crypto import (
     to_pem,
 )
 
-X25519_PREFIX = bytes.fromhex("302a300506032b656e032100")  # of a SubjectPublicKeyInfo (RFC 8410)
 X25519_SIZE = 32  # bytes of a public key, a private key and the secret (RFC 7748, 5)
 X25519_INFO = b"secure-mqtt/1 x25519-aes256gcm\x00"
 COUNTER_SIZE, TAG_SIZE = 8, 16  # bytes, around the ciphertext of AES-GCM
@@ -62,6 +61,43 @@ def key_blocks(payload: bytes) -> list[Block]:
     if not blocks or blocks[0][0] != PUBLIC_KEY:
         raise PeerKeyError("no valid public key: not in PEM, or another block comes first")
     return blocks
+
+
+def block_contents(payload: bytes, *labels: bytes) -> list[bytes]:
+    """Do as key_blocks() does, for a payload that must have blocks with these labels there.
+
+    :return: the contents
+    :raises PeerKeyError: the blocks are others
+    """
+    blocks = key_blocks(payload)
+    if [label for label, _ in blocks] != [*labels]:
+        wanted = b", ".join(labels).decode()
+        raise PeerKeyError(f"no valid public key: its blocks are not {wanted}")
+    return [content for _, content in blocks]
+
+
+class KeyType(NamedTuple):
+    """A type of public keys of one size, each a SubjectPublicKeyInfo (DER) with the same start."""
+
+    start: bytes
+    size: int  # of the rest, the key itself, in bytes
+
+    def fits(self, der: bytes) -> bool:
+        """Tell whether that is a key of this type."""
+        return len(der) == len(self.start) + self.size and der.startswith(self.start)
+
+    def read(self, der: bytes) -> bytes:
+        """Return the key itself. PeerKeyError if it is of another type."""
+        if not self.fits(der):
+            raise PeerKeyError("no valid public key: a key of another type")
+        return der[-self.size :]
+
+    def to_pem(self, key: bytes) -> bytes:
+        """Return the key itself as a PEM block."""
+        return to_pem(PUBLIC_KEY, self.start + key)
+
+
+X25519_KEY = KeyType(bytes.fromhex("302a300506032b656e032100"), X25519_SIZE)  # RFC 8410
 
 
 # --- ciphers -----------------------------------------------------------------------------------
@@ -213,33 +249,23 @@ class X25519KeyPair:
     @property
     def block(self) -> bytes:
         """The public key (PEM)."""
-        return to_pem(PUBLIC_KEY, X25519_PREFIX + self._public)
+        return X25519_KEY.to_pem(self._public)
 
-    def agree(self, block: Block) -> bytes:
+    def agree(self, der: bytes) -> bytes:
         """Return the secret shared with the owner of a public key, 32 bytes.
 
+        :param der: the key, a SubjectPublicKeyInfo
         :raises PeerKeyError: it is no such key, our own, or of small order
         """
         from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
-        label, der = block
-        peer = der[-X25519_SIZE:]
-        if label != PUBLIC_KEY or der != X25519_PREFIX + peer:
-            raise PeerKeyError("no valid public key: a key of another type")
+        peer = X25519_KEY.read(der)
         if peer == self._public:
             raise PeerKeyError("our own key handed back")
         try:
             return self._private.exchange(X25519PublicKey.from_public_bytes(peer))
         except ValueError:  # Z is zero (RFC 7748, 6.1)
             raise PeerKeyError("no valid public key: of small order") from None
-
-
-def only_block(payload: bytes) -> Block:
-    """Return the one PEM block before the certificates. PeerKeyError if there are more."""
-    block, *others = key_blocks(payload)
-    if others:
-        raise PeerKeyError("no valid public key: another block after it")
-    return block
 
 
 class X25519Client:
@@ -252,7 +278,8 @@ class X25519Client:
 
     def agree(self, transcript: Transcript) -> Cipher:
         """Do as Keys.agree() does."""
-        secret = self._key_pair.agree(only_block(transcript.response))
+        [key] = block_contents(transcript.response, PUBLIC_KEY)
+        secret = self._key_pair.agree(key)
         return gcm_cipher(secret, X25519_INFO, transcript, is_client=True)
 
 
@@ -266,8 +293,9 @@ class X25519Responder:
         :param private_key: 32 bytes; None: random ones
         :raises PeerKeyError: the client's key is unusable
         """
+        [key] = block_contents(request, PUBLIC_KEY)
         key_pair = X25519KeyPair(private_key or b"")
-        self._secret = key_pair.agree(only_block(request))
+        self._secret = key_pair.agree(key)
         self.blocks = key_pair.block
 
     def agree(self, transcript: Transcript) -> Cipher:
@@ -285,24 +313,47 @@ class Suite(NamedTuple):
     encryption: str  # for a person
     client: Callable[[], Keys]
     responder: Callable[..., Keys]  # takes the payload of message 1
+    # Tells whether message 1 with this first key (DER) is of the suite.
+    takes: Callable[[bytes], object]
+    load: Callable[[], object]  # imports what it needs, so that nobody waits for it later
     is_numbered: bool  # whether an answer tells which request it is for
     # Makes what the responder's keys take as their second argument, ahead, since it takes long.
     prepare: Callable[[], Any] | None = None
 
-    def load(self) -> None:
-        """Import what it needs, so that nobody waits for it later."""
-        import cryptography.hazmat.primitives.kdf.hkdf
 
-        if self.is_numbered:
-            import cryptography.exceptions
-            import cryptography.hazmat.primitives.asymmetric.x25519
-            import cryptography.hazmat.primitives.ciphers.aead
-        else:
-            import cryptography.fernet  # noqa: F401
+def load_lab() -> None:
+    """Do as Suite.load() does."""
+    import cryptography.fernet
+    import cryptography.hazmat.primitives.kdf.hkdf  # noqa: F401
 
 
-LAB = Suite("dh4096", "Fernet", LabClient, LabResponder, is_numbered=False, prepare=DhKeyPair)
-X25519 = Suite("x25519", "AES-256-GCM", X25519Client, X25519Responder, is_numbered=True)
+def load_x25519() -> None:
+    """Do as Suite.load() does."""
+    import cryptography.exceptions
+    import cryptography.hazmat.primitives.asymmetric.x25519
+    import cryptography.hazmat.primitives.ciphers.aead
+    import cryptography.hazmat.primitives.kdf.hkdf  # noqa: F401
+
+
+LAB = Suite(
+    name="dh4096",
+    encryption="Fernet",
+    client=LabClient,
+    responder=LabResponder,
+    takes=public_value,
+    load=load_lab,
+    is_numbered=False,
+    prepare=DhKeyPair,
+)
+X25519 = Suite(
+    name="x25519",
+    encryption="AES-256-GCM",
+    client=X25519Client,
+    responder=X25519Responder,
+    takes=X25519_KEY.fits,
+    load=load_x25519,
+    is_numbered=True,
+)
 SUITES = {suite.name: suite for suite in (LAB, X25519)}
 
 
@@ -312,7 +363,5 @@ def suite_of(payload: bytes) -> Suite:
     :raises PeerKeyError: it is no key of any suite
     """
     der = public_key_der(payload)
-    if der[:-X25519_SIZE] == X25519_PREFIX:
-        return X25519
-    public_value(der)
-    return LAB
+    # The lab's is asked last: of what it does not take, it says what is wrong.
+    return next(suite for suite in reversed(SUITES.values()) if suite.takes(der))

@@ -18,7 +18,7 @@ from secure_mqtt.errors import ProgramError, UnusableError
 from secure_mqtt.log import event
 from secure_mqtt.settings import Settings, peer_security
 from secure_mqtt.streams import is_utf8
-from secure_mqtt.suites import LAB, SUITES, Cipher, LabCipher, Transcript, suite_of
+from secure_mqtt.suites import LAB, Cipher, LabCipher, Transcript, load_suites, suite_of
 from secure_mqtt.workers import Worker, WorkerError
 
 # What goes beyond a bound is dropped, with a warning, or forgotten, without one.
@@ -164,8 +164,7 @@ class Responder:
         self._idle = [Worker(Calculator) for _ in range(2 + (os.cpu_count() or 1))]
         self._busy: dict[Worker, Keys | None] = {}  # whose key it computes
         self._key_pairs: deque[DhKeyPair] = deque()
-        for suite in SUITES.values():
-            suite.load()
+        load_suites()
         self._mqtt: Connection
         self._stopping, self._stop = socket.socketpair()
         self._is_stopped = self._is_connected = False

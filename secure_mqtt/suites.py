@@ -6,14 +6,16 @@ one it is follows from the keys in message 1.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from crypto import (
     CERTIFICATE,
     MAX_KEY_FILE_SIZE,
     PUBLIC_KEY,
+    CryptoError,
     DhKeyPair,
     FernetCipher,
     PeerKeyError,
@@ -29,7 +31,15 @@ from crypto import (
 
 X25519_SIZE = 32  # bytes of a public key, a private key and the secret (RFC 7748, 5)
 X25519_INFO = b"secure-mqtt/1 x25519-aes256gcm\x00"
+SEED_SIZE = 64  # bytes of a private key for ML-KEM, d and z (FIPS 203, 7.1)
+ENCAPSULATION_KEY_SIZE, CIPHERTEXT_SIZE = 1184, 1088  # bytes, of ML-KEM-768 (FIPS 203, table 3)
+CIPHERTEXT = b"SECURE MQTT CIPHERTEXT"  # a PEM label
+HYBRID_INFO = b"secure-mqtt/1 mlkem768x25519-aes256gcm\x00"
 COUNTER_SIZE, TAG_SIZE = 8, 16  # bytes, around the ciphertext of AES-GCM
+
+
+class UnavailableError(CryptoError):
+    """The library at hand lacks what a suite needs."""
 
 
 class Transcript(NamedTuple):
@@ -98,6 +108,9 @@ class KeyType(NamedTuple):
 
 
 X25519_KEY = KeyType(bytes.fromhex("302a300506032b656e032100"), X25519_SIZE)  # RFC 8410
+MLKEM768_KEY = KeyType(  # RFC 9935
+    bytes.fromhex("308204b2300b0609608648016503040402038204a100"), ENCAPSULATION_KEY_SIZE
+)
 
 
 # --- ciphers -----------------------------------------------------------------------------------
@@ -303,6 +316,111 @@ class X25519Responder:
         return gcm_cipher(self._secret, X25519_INFO, transcript, is_client=False)
 
 
+class MlKem768KeyPair:
+    """A client's key pair for ML-KEM-768 (FIPS 203)."""
+
+    def __init__(self, seed: bytes = b"") -> None:
+        """Make a key pair, from the 64 bytes of a private key if they are given.
+
+        :raises UnavailableError: the library has no ML-KEM
+        """
+        from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
+
+        with ml_kem_needed():
+            self._private = MLKEM768PrivateKey.from_seed_bytes(seed or os.urandom(SEED_SIZE))
+
+    @property
+    def block(self) -> bytes:
+        """The encapsulation key, which is the public one (PEM)."""
+        return MLKEM768_KEY.to_pem(self._private.public_key().public_bytes_raw())
+
+    def decapsulate(self, ciphertext: bytes) -> bytes:
+        """Return the secret, 32 bytes, in a ciphertext: if that was changed, another (6.3).
+
+        :raises PeerKeyError: it has another size
+        """
+        if len(ciphertext) != CIPHERTEXT_SIZE:
+            raise PeerKeyError("no valid public key: a ciphertext of another size")
+        return self._private.decapsulate(ciphertext)
+
+
+def encapsulate(der: bytes) -> tuple[bytes, bytes]:
+    """Return a new secret, 32 bytes, and the ciphertext that tells it to the owner of a key.
+
+    :param der: the key for ML-KEM-768, a SubjectPublicKeyInfo
+    :raises PeerKeyError: it is no such key, or fails the modulus check (FIPS 203, 7.2)
+    :raises UnavailableError: the library has no ML-KEM
+    """
+    from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PublicKey
+
+    key = MLKEM768_KEY.read(der)
+    with ml_kem_needed():
+        try:
+            return MLKEM768PublicKey.from_public_bytes(key).encapsulate()
+        except ValueError:  # its size is right
+            raise PeerKeyError(
+                "no valid public key: a number in it is not below the modulus"
+            ) from None
+
+
+@contextlib.contextmanager
+def ml_kem_needed() -> Iterator[None]:
+    """Turn the library's word that it has no ML-KEM into UnavailableError."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    try:
+        yield
+    except UnsupportedAlgorithm:
+        raise UnavailableError(
+            f"the suite {HYBRID.name} needs ML-KEM, which the cryptography package here lacks:"
+            " OpenSSL 3.5 is the first to have it"
+        ) from None
+
+
+class HybridClient:
+    """A client's keys in the suite mlkem768x25519: whoever wants the secret has to break both."""
+
+    def __init__(self, seed: bytes = b"", private_key: bytes = b"") -> None:
+        """Make both key pairs, from private keys if they are given.
+
+        :param seed: for ML-KEM, 64 bytes
+        :param private_key: for X25519, 32 bytes
+        :raises UnavailableError: the library has no ML-KEM
+        """
+        self._ml_kem = MlKem768KeyPair(seed)
+        self._x25519 = X25519KeyPair(private_key)
+        self.blocks = self._ml_kem.block + self._x25519.block
+
+    def agree(self, transcript: Transcript) -> Cipher:
+        """Do as Keys.agree() does."""
+        key, ciphertext = block_contents(transcript.response, PUBLIC_KEY, CIPHERTEXT)
+        secret = self._ml_kem.decapsulate(ciphertext) + self._x25519.agree(key)
+        return gcm_cipher(secret, HYBRID_INFO, transcript, is_client=True)
+
+
+class HybridResponder:
+    """A responder's keys in the suite mlkem768x25519, for a client's."""
+
+    def __init__(self, request: bytes, private_key: bytes | None = None) -> None:
+        """Agree on the secret.
+
+        :param request: the payload of message 1
+        :param private_key: for X25519, 32 bytes; None: random ones
+        :raises PeerKeyError: the client's keys are unusable
+        :raises UnavailableError: the library has no ML-KEM
+        """
+        encapsulation_key, key = block_contents(request, PUBLIC_KEY, PUBLIC_KEY)
+        key_pair = X25519KeyPair(private_key or b"")
+        shared = key_pair.agree(key)
+        secret, ciphertext = encapsulate(encapsulation_key)
+        self._secret = secret + shared
+        self.blocks = key_pair.block + to_pem(CIPHERTEXT, ciphertext)
+
+    def agree(self, transcript: Transcript) -> Cipher:
+        """Do as Keys.agree() does."""
+        return gcm_cipher(self._secret, HYBRID_INFO, transcript, is_client=False)
+
+
 # --- the suites --------------------------------------------------------------------------------
 
 
@@ -335,6 +453,12 @@ def load_x25519() -> None:
     import cryptography.hazmat.primitives.kdf.hkdf  # noqa: F401
 
 
+def load_hybrid() -> None:
+    """Do as Suite.load() does. UnavailableError if the library has no ML-KEM."""
+    load_x25519()
+    MlKem768KeyPair()  # loads what it needs, too
+
+
 LAB = Suite(
     name="dh4096",
     encryption="Fernet",
@@ -354,7 +478,23 @@ X25519 = Suite(
     load=load_x25519,
     is_numbered=True,
 )
-SUITES = {suite.name: suite for suite in (LAB, X25519)}
+HYBRID = Suite(
+    name="mlkem768x25519",
+    encryption="AES-256-GCM",
+    client=HybridClient,
+    responder=HybridResponder,
+    takes=MLKEM768_KEY.fits,
+    load=load_hybrid,
+    is_numbered=True,
+)
+SUITES = {suite.name: suite for suite in (LAB, X25519, HYBRID)}
+
+
+def load_suites() -> None:
+    """Import what the suites need that can be had here."""
+    for suite in SUITES.values():
+        with contextlib.suppress(UnavailableError):
+            suite.load()
 
 
 def suite_of(payload: bytes) -> Suite:

@@ -62,7 +62,7 @@ LOW_ORDER: dict[str, str] = json.loads((VECTORS / "extensions.json").read_text("
 ]
 NO_KEY = "no valid key came on {}/key-exchange/response"
 # For cases that run at the same time; a client signs only for a NetID that its certificate names.
-NETIDS = {suite: [f"{suite}-{number}" for number in range(20)] for suite in SUITES}
+NETIDS = {suite: [f"{suite}-{number}" for number in range(32)] for suite in SUITES}
 SIGNATURE = b"-----BEGIN SECURE MQTT SIGNATURE-----"
 
 
@@ -701,11 +701,71 @@ IN_THE_MIDDLE: Mapping[str, tuple[Callable[[Middle], bytes], str]] = {
 }  # fmt: skip
 
 
+def pem_blocks(payload: bytes) -> list[bytes]:
+    """Return the blocks of a key exchange, each as PEM."""
+    return [reference.pem(*block) for block in reference.blocks(payload)]
+
+
+def exchanged(payload: bytes, place: int, other: bytes) -> bytes:
+    """Return a key exchange with one of its blocks taken from another."""
+    blocks = pem_blocks(payload)
+    blocks[place] = pem_blocks(other)[place]
+    return b"".join(blocks)
+
+
+# Where there is more than one key in a message, all are signed.
+IN_THE_MIDDLE_OF_TWO_KEYS: Mapping[str, tuple[Callable[[Middle], bytes], str]] = {
+    "puts an X25519 key of his own beside the signed ciphertext": (
+        lambda m: exchanged(m.passed_on(), 0, m.own_answer()),
+        MISMATCH,
+    ),
+    "puts a ciphertext of his own beside the signed X25519 key": (
+        lambda m: exchanged(m.passed_on(), 1, m.own_answer()),
+        MISMATCH,
+    ),
+    "takes the X25519 key from the answer to another exchange": (
+        lambda m: exchanged(m.passed_on(), 0, m.ask(m.own_key())),
+        MISMATCH,
+    ),
+    "takes the ciphertext from the answer to another exchange": (
+        lambda m: exchanged(m.passed_on(), 1, m.ask(m.own_key())),
+        MISMATCH,
+    ),
+    "takes the ciphertext from another answer to the same": (
+        lambda m: exchanged(m.passed_on(), 1, m.passed_on()),
+        MISMATCH,
+    ),
+    "leaves the ciphertext out": (
+        lambda m: b"".join(pem_blocks(m.passed_on())[:1] + pem_blocks(m.passed_on())[2:]),
+        MISMATCH,
+    ),
+    "puts the ciphertext behind the certificate": (
+        lambda m: b"".join(pem_blocks(m.passed_on())[place] for place in (0, 2, 1, 3)),
+        MALFORMED,
+    ),
+    "puts an ML-KEM key of his own into the request": (
+        lambda m: m.ask(exchanged(m.message_1, 0, m.own_key())),
+        MISMATCH,
+    ),
+    "puts an X25519 key of his own into the request": (
+        lambda m: m.ask(exchanged(m.message_1, 1, m.own_key())),
+        MISMATCH,
+    ),
+    "strips the ML-KEM key": (
+        lambda m: m.ask(b"".join(pem_blocks(m.message_1)[1:])),
+        MISMATCH,
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("suite", SUITES)
 def test_who_demands_a_signature_finds_out_a_broker_who(
     suite: str, signing_port: int, certificates: Certificates
 ) -> None:
     demands = certificates.identity("crowd"), certificates.trust, f"--suite={suite}"
+    attacks = {**IN_THE_MIDDLE}
+    if len(reference.blocks(new_blocks(suite))) == 2:
+        attacks |= IN_THE_MIDDLE_OF_TWO_KEYS
 
     def case(number: int, attack: Callable[[Middle], bytes], says: str) -> None:
         netid = NETIDS[suite][number]
@@ -725,7 +785,7 @@ def test_who_demands_a_signature_finds_out_a_broker_who(
 
         patiently(attempt)
 
-    rows = enumerate(IN_THE_MIDDLE.items())
+    rows = enumerate(attacks.items())
     all_at_once({name: partial(case, number, *row) for number, (name, row) in rows})
 
 
@@ -897,6 +957,84 @@ def test_a_responder_that_demands_a_signature_answers_no_wrong_message_1_and_say
     assert suites.suite_of(clients.receive("alice/key-exchange/response")).name == "x25519"
     assert responder.stop() == 0
     assert len(responder.lines) == 1 + len(WRONG_REQUESTS)  # the first says that it is ready
+
+
+# What a forger makes of a message 1 with two keys that alice has signed.
+WRONG_PAIRS: Mapping[str, tuple[Callable[[bytes, bytes], bytes], str]] = {
+    "with the ML-KEM key of another exchange": (lambda m, other: exchanged(m, 0, other), MISMATCH),
+    "with the X25519 key of another exchange": (lambda m, other: exchanged(m, 1, other), MISMATCH),
+    "with both keys of another exchange": (
+        lambda m, other: exchanged(exchanged(m, 0, other), 1, other),
+        MISMATCH,
+    ),
+    "without the ML-KEM key": (lambda m, other: b"".join(pem_blocks(m)[1:]), MISMATCH),
+    "without the X25519 key": (
+        lambda m, other: b"".join(pem_blocks(m)[:1] + pem_blocks(m)[2:]),
+        MISMATCH,
+    ),
+    "with a third key": (lambda m, other: pem_blocks(other)[0] + m, MISMATCH),
+    "with the keys swapped": (
+        lambda m, other: b"".join(pem_blocks(m)[place] for place in (1, 0, 2, 3)),
+        MISMATCH,
+    ),
+    "with the X25519 key behind the certificate": (
+        lambda m, other: b"".join(pem_blocks(m)[place] for place in (0, 2, 1, 3)),
+        MALFORMED,
+    ),
+}  # fmt: skip
+
+
+def test_a_responder_that_demands_a_signature_wants_it_for_both_keys(
+    own_broker: Mosquitto, certificates: Certificates, start_responder: Start
+) -> None:
+    responder = start_responder("-p", str(own_broker.port), certificates.trust)
+    sign = certificates.signer("alice").sign
+    with GcmClient(own_broker.port, "alice", "mlkem768x25519", sign) as alice:
+        other = sign("alice", new_blocks("mlkem768x25519"))
+        for number, (forge, reason) in enumerate(WRONG_PAIRS.values(), 1):
+            alice.send(forge(alice.message_1, other), "key-exchange")
+            responder.wait_for("event=ignored", times=number)
+            assert reason in responder.lines[-1]
+        assert alice.exchange().is_served(0)
+
+
+def test_two_keys_that_are_signed_but_wrong_are_refused(
+    own_broker: Mosquitto, certificates: Certificates, start_responder: Start
+) -> None:
+    """Whoever holds a certificate can sign anything."""
+    responder = start_responder("-p", str(own_broker.port), certificates.trust)
+    sign = certificates.signer("alice").sign
+    kem, x25519_key = pem_blocks(new_blocks("mlkem768x25519"))
+    with GcmClient(own_broker.port, "alice", "mlkem768x25519", sign) as alice:
+        for number, blocks in enumerate(
+            (kem, 2 * kem + x25519_key, kem + 2 * x25519_key, x25519_key + kem), 1
+        ):
+            alice.send(sign("alice", blocks), "key-exchange")
+            responder.wait_for("event=ignored", times=number)
+            assert "its blocks are not PUBLIC KEY" in responder.lines[-1]
+        alice.send(sign("alice", kem + LOW_ORDER["0"].encode()), "key-exchange")
+        responder.wait_for("small order")
+        assert alice.exchange().is_served(0)
+
+
+def test_a_key_of_mlkem_behind_the_certificate_of_x25519_is_ignored_or_refused(
+    own_broker: Mosquitto, certificates: Certificates, start_responder: Start
+) -> None:
+    """Who demands no signature ignores all from the certificate on; who does wants no more."""
+    kem, _ = pem_blocks(new_blocks("mlkem768x25519"))
+    signer = certificates.signer("alice")
+
+    def sign(netid: str, blocks: bytes) -> bytes:
+        [*before, signature] = pem_blocks(signer.sign(netid, blocks))
+        return b"".join([*before, kem, signature])
+
+    with GcmClient(own_broker.port, "alice", "x25519", sign) as alice:
+        lenient = start_responder("-p", str(own_broker.port))
+        assert alice.exchange().is_served(0)
+        assert lenient.stop() == 0
+        strict = start_responder("-p", str(own_broker.port), certificates.trust)
+        alice.send(alice.message_1, "key-exchange")
+        strict.wait_for(MALFORMED)
 
 
 def test_a_responder_for_one_netid_wants_its_certificate_too(

@@ -8,6 +8,7 @@ actions        topics, NetIDs and the lab's six actions
 settings       what the command line says, and the files that it names
 certificates   when certificates end
 streams        standard input, output and error
+lines          the lines of a session: read, sent and answered
 tls            TLS with the broker
 faults         why there is no connection to the broker
 connection     the connection to the broker: the only user of paho

@@ -78,6 +78,11 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._sizes)
 
+    @property
+    def largest(self) -> int:
+        """The size of the largest payload in it, in bytes; 0 if there is none."""
+        return max(self._sizes.values(), default=0)
+
     def has_room(self, size: int) -> bool:
         """Tell whether a payload of so many bytes may be published."""
         return not self._sizes or self._bytes + size <= MAX_BYTES
@@ -181,10 +186,10 @@ class Connection:
             publication = self._client.publish(topic, payload, QOS, retain)
         except ValueError:  # more than MQTT can carry
             return False
-        if publication.rc:
+        if publication.rc and self._client.socket():
             return False
-        self.outbox.add(publication.mid, len(payload))
-        return True
+        self.outbox.add(publication.mid, len(payload))  # also what has ended the connection
+        return not publication.rc
 
     def flush(self) -> None:
         """Wait until the broker has acknowledged all that was published."""
@@ -207,7 +212,7 @@ class Connection:
             readable = self._step(others)
         except Exception as error:
             # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
-            self._failure = explain(error, self.stage, self._settings)
+            self._failure = explain(error, self.stage, self._settings, self.outbox.largest)
             # What came before still counts, once we have subscribed: then the next call raises it.
             if not self.inbox or not self._granted:
                 raise self._failure from None

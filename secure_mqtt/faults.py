@@ -10,6 +10,9 @@ from secure_mqtt.tls import tls_problem
 
 # What is being waited for, from the start to the first subscription.
 CONNECTING, CONNACK, SUBACK = "TCP connection", "CONNACK", "SUBACK"
+# Bytes. A broker ends the connection of who sends more than it takes; the least that one takes,
+# unless it is told otherwise, is 8092 (Moquette).
+LARGE_MESSAGE = 8000
 
 
 def refusal(settings: Settings, reason: str) -> ProgramError:
@@ -25,20 +28,18 @@ def refusal(settings: Settings, reason: str) -> ProgramError:
     )
 
 
-def explain(error: Exception, stage: str, settings: Settings) -> ProgramError:
+def explain(error: Exception, stage: str, settings: Settings, size: int = 0) -> ProgramError:
     """Return the error for the end of a connection, which depends on how far it got.
 
     :param error: what paho or the system has raised
     :param stage: what was being waited for
+    :param size: of the largest message on its way to the broker, in bytes; 0: none was
     """
     if isinstance(error, ProgramError):
         return error
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if stage not in (CONNECTING, CONNACK):
-        return ProgramError(
-            f"the connection to {settings.broker} was lost while waiting for {stage}: {reason}",
-            f"another client may have the client ID {settings.id!r}; choose one with --id",
-        )
+        return loss(settings, stage, size, reason)
     if settings.uses_tls and (problem := tls_problem(settings)):
         return problem
     if stage == CONNACK:
@@ -54,6 +55,16 @@ def explain(error: Exception, stage: str, settings: Settings) -> ProgramError:
             f"start a broker there (mosquitto -p {settings.port}), or check --host and --port",
         )
     return silence(settings, stage, reason)
+
+
+def loss(settings: Settings, stage: str, size: int, reason: str) -> ProgramError:
+    """Return the error for a connection that had been accepted; the rest as in explain()."""
+    problem = f"the connection to {settings.broker} was lost while waiting for {stage}"
+    hint = f"another client may have the client ID {settings.id!r}; choose one with --id"
+    if size >= LARGE_MESSAGE:
+        problem += f", with a message of {size:,} bytes on its way"
+        hint = f"the broker may take no packet as large as that (max_packet_size); else, {hint}"
+    return ProgramError(f"{problem}: {reason}", hint)
 
 
 def silence(settings: Settings, stage: str, reason: str) -> ProgramError:

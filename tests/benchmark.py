@@ -59,7 +59,7 @@ from secure_mqtt.actions import KEY_EXCHANGE, REQUEST, RESPONSE
 from secure_mqtt.calls import call, exchange_keys, topics
 from secure_mqtt.connection import Connection
 from secure_mqtt.exchange import Exchange
-from secure_mqtt.session import WINDOW
+from secure_mqtt.session import NUMBERED
 from secure_mqtt.settings import Settings
 from secure_mqtt.signatures import Identity
 from secure_mqtt.suites import COUNTER_SIZE, SUITES, TAG_SIZE, Transcript, suite_of
@@ -939,7 +939,7 @@ def measure_lines(broker: Mosquitto, folder: Path) -> None:
                 rate = lines_per_second(broker.port, options, lines[:count])
                 rates.setdefault(name, []).append(rate)
             for name, numbers in {
-                "echo": (size, 20_000, WINDOW),
+                "echo": (size, 20_000, NUMBERED.window),
                 "echo, one by one": (token, 2_000, 1),
             }.items():
                 rates.setdefault(name, []).append(echoes_per_second(broker.port, *numbers))

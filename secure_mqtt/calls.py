@@ -13,7 +13,7 @@ from secure_mqtt.exchange import Exchange
 from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, silence
 from secure_mqtt.log import PROGRAM, log
 from secure_mqtt.settings import Settings
-from secure_mqtt.suites import SUITES
+from secure_mqtt.suites import LAB, SUITES
 
 EXCHANGE, ANSWER = "the key exchange", "the response"  # what is waited for, after the SUBACK
 KEY_SENT, KEY_RECEIVED, REQUEST_SENT, ANSWER_RECEIVED = 1, 2, 3, 4  # the lab's numbers
@@ -124,11 +124,12 @@ def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
             else "another client may be using this NETID, or someone tampers with the messages",
         )
     if is_exchange:
+        others = "" if settings.suite == LAB.name else ", or know other suites only"
         return ProgramError(
             f"no responder answered the key exchange on {topic} {within}",
             f"start one ({PROGRAM} --respond), or check NETID, --host and --port;"
             " an access rule of the broker may also drop messages without a word, or the responder"
-            " demand an --identity",
+            f" demand an --identity{others}",
         )
     return ProgramError(
         f"no response came on {topic} {within}",

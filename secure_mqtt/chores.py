@@ -11,7 +11,7 @@ from secure_mqtt.actions import REQUEST, RESPONSE, TRANSFORMATIONS
 from secure_mqtt.errors import UnusableError
 from secure_mqtt.fixed_base import make_key_pair
 from secure_mqtt.streams import is_utf8
-from secure_mqtt.suites import SUITES, Cipher, LabResponder, Transcript, suite_of
+from secure_mqtt.suites import Cipher, LabResponder, Transcript, load_suites, suite_of
 
 if TYPE_CHECKING:
     from secure_mqtt.signatures import Authority, Identity
@@ -61,8 +61,7 @@ class Chores:
     """The chores, as a Worker wants them: methods of one object."""
 
     def __init__(self) -> None:
-        for suite in SUITES.values():
-            suite.load()
+        load_suites()
 
     def make_key_pairs(self, count: int) -> list[DhKeyPair]:
         """Return new key pairs in the lab's group."""

@@ -20,7 +20,7 @@ from secure_mqtt.reports import Reports
 from secure_mqtt.settings import Settings, peer_files
 from secure_mqtt.size_limit import SizeLimit
 from secure_mqtt.status import Status
-from secure_mqtt.suites import SUITES
+from secure_mqtt.suites import load_suites
 from secure_mqtt.workers import WorkerError
 
 WORK_TIME = 0.005  # seconds of work until the network is looked at again
@@ -50,8 +50,7 @@ class Responder:
         self._stopping, self._stop = socket.socketpair()
         self._is_stopped = self._is_connected = False
         self._end = float("inf")
-        for suite in SUITES.values():
-            suite.load()
+        load_suites()
 
     def run(self) -> None:
         """Answer until stop() is called; connect again whenever the connection is lost.

@@ -186,46 +186,20 @@ def reference_key(name: str) -> reference.SigningKey:
     return key
 
 
-def reference_keys(
-    private: x25519.X25519PrivateKey, peer: bytes, request: bytes, response: bytes
-) -> tuple[bytes, bytes]:
-    """Return both keys of an exchange as the second implementation derives them."""
-    secret = reference.x25519_secret(private, reference.public_der(peer))
-    return reference.x25519_keys(secret, NETID, request, response)
-
-
-def reference_public_key(private: x25519.X25519PrivateKey) -> bytes:
-    form = PublicFormat.SubjectPublicKeyInfo
-    return reference.pem("PUBLIC KEY", private.public_key().public_bytes(Encoding.DER, form))
-
-
-@pytest.mark.parametrize("is_client", [True, False], ids=["as client", "as responder"])
-def test_each_implementation_opens_what_the_other_seals(is_client: bool) -> None:
-    ours, theirs = X25519End(), x25519.X25519PrivateKey.generate()
-    payloads = [ours.public_key, reference_public_key(theirs)]
-    request, response = payloads if is_client else reversed(payloads)
-    cipher = ours.agree(Transcript(NETID, request, response), is_client)
-    keys = reference_keys(theirs, ours.public_key, request, response)
-    seal_key, open_key = keys if is_client else reversed(keys)
-    for number in 0, 1, 255, 256, 2**32, 2**63, 2**64 - 1:
-        sealed = cipher.seal(TOPIC, number, TEXT)
-        assert reference.unseal(seal_key, TOPIC, sealed) == (number, TEXT)
-        answer = reference.seal(open_key, ANSWER_TOPIC, number, TEXT)
-        assert cipher.open(ANSWER_TOPIC, answer) == (number, TEXT)
-
-
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_each_implementation_verifies_what_the_other_signs(name: str, suite: str) -> None:
-    public_key = SUITES[suite].client().blocks
-    der = reference.public_der(public_key)
-    chain, key = IDENTITIES[name]["chain"].encode(), reference_key(name)
     is_client = name.startswith("client")
+    request = SUITES[suite].client().blocks
+    keys = request if is_client else SUITES[suite].responder(request).blocks
+    contents = b"".join(content for _, content in reference.blocks(keys))
+    chain, key = IDENTITIES[name]["chain"].encode(), reference_key(name)
     expected = NETID if is_client else RESPONDER
-    answered = None if is_client else X25519End().public_key
-    ours = identity(name).sign(public_key, NETID, answered)
-    assert reference.verify_bundle(ours, NETID, expected, ANCHORS, answered) == der
-    AUTHORITY.verify(reference.bundle(NETID, der, key, chain, answered), NETID, expected, answered)
+    answered = None if is_client else request
+    ours = identity(name).sign(keys, NETID, answered)
+    assert reference.verify_bundle(ours, NETID, expected, ANCHORS, answered) == contents
+    theirs = reference.bundle_of(NETID, keys, key, chain, answered)
+    AUTHORITY.verify(theirs, NETID, expected, answered)
 
 
 def test_the_kinds_of_keys_that_sign_are_all_in_the_file() -> None:
@@ -346,7 +320,8 @@ SAYS = {  # what is wrong with a bundle, and what is said of it
     "unknown authority": "from an unknown authority$",
     "expired": "has expired, or is not valid yet$",
     "usage": "for another purpose$|not for signatures$",
-    "too much": "^signed with more than 3 certificates, or one of more than 8 KiB$|of another kind$",
+    "too much": "^signed with more than 3 certificates, or one of more than 8 KiB$"
+    "|of another kind$",
     "name": "^signed by '.*', expected '.*'$|^signed with a certificate (without a name|that is not"
     " valid)$|malformed, or of another kind$",
     "key type": "malformed, or of another kind$",
@@ -599,13 +574,14 @@ def test_a_public_key_of_no_suite_is_refused(name: str, suite: str) -> None:
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_a_key_of_the_other_suite_and_our_own_are_refused(suite: str) -> None:
-    others = [(SUITES[name].client().blocks, "no valid public key") for name in SUITES]
+def test_keys_of_another_suite_and_our_own_are_refused(suite: str) -> None:
     ours = SUITES[suite].client()
-    for response, says in [*others, (ours.blocks, "our own")]:
-        if suite_of(response).name != suite or says == "our own":
-            with pytest.raises(PeerKeyError, match=says):
-                ours.agree(Transcript(NETID, ours.blocks, response))
+    for name in SUITES.keys() - {suite}:
+        response = SUITES[name].responder(SUITES[name].client().blocks).blocks
+        with pytest.raises(PeerKeyError, match="no valid public key"):
+            ours.agree(Transcript(NETID, ours.blocks, response))
+    with pytest.raises(PeerKeyError, match=r"our own key handed back|its blocks are not"):
+        ours.agree(Transcript(NETID, ours.blocks, ours.blocks))
 
 
 @pytest.mark.parametrize("name", BAD_MESSAGES)

@@ -95,7 +95,7 @@ from secure_mqtt.connection import MAX_IN_FLIGHT, Connection
 from secure_mqtt.errors import ProgramError
 from secure_mqtt.exchange import Exchange
 from secure_mqtt.keyring import MAX_TOKENS
-from secure_mqtt.suites import X25519_PREFIX
+from secure_mqtt.suites import X25519_KEY
 from secure_mqtt.workers import supervise
 
 REQUEST = ["alice", "uppercase", MESSAGE]
@@ -779,7 +779,7 @@ def serves(port: int, netid: str) -> None:
 # A responder answers keys of either suite.
 FALSE_KEYS_OF_CLIENTS: Mapping[str, tuple[bytes, str]] = {
     **{name: row for name, row in FALSE_KEYS.items() if name != "an X25519 key"},
-    "an X25519 key of small order": (pem(X25519_PREFIX + bytes(32)), "small order"),
+    "an X25519 key of small order": (X25519_KEY.to_pem(bytes(32)), "small order"),
 }
 
 

@@ -3,6 +3,7 @@
 Each module imports only from those above it:
 
 errors         what can go wrong, in the user's words
+terminal       what a terminal must not be made to do
 log            the log: for a person, or for programs
 actions        topics, NetIDs and the lab's six actions
 settings       what the command line says, and the files that it names

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from secure_mqtt.terminal import visible
+
 if TYPE_CHECKING:  # loaded where it is used: --help and usage errors do not need it
     import logging
 
@@ -77,6 +79,6 @@ def persons_format() -> logging.Formatter:
     class Formatter(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
             begin = f"{milliseconds():.0f} ms: " if record.levelno == logging.INFO else ""
-            return f"{PROGRAM}: {begin}{record.getMessage()}"
+            return visible(f"{PROGRAM}: {begin}{record.getMessage()}")
 
     return Formatter()

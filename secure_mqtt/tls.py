@@ -55,10 +55,16 @@ def describe(sock: Any) -> str:
     """Tell of a connection's TLS, for a person: its version, and the broker's certificate."""
     if not hasattr(sock, "getpeercert"):
         return "without TLS"
+    version = sock.version().replace("v", " ")
     if not (certificate := sock.getpeercert()):  # which was not verified
-        return f"{sock.version()}, with a certificate that nobody has verified"
+        return f"with {version}, but the broker may be anybody: its certificate was not verified"
     names = ", ".join(repr(name) for _, name in certificate.get("subjectAltName", ()))
-    return f"{sock.version()}, certified as {names} until {certificate['notAfter']}"
+    issuer = dict(field for fields in certificate["issuer"] for field in fields)
+    return (
+        f"with {version}; the broker's certificate is for {names}, issued by"
+        f" {issuer.get('commonName', 'an authority without a name')!r}, valid until"
+        f" {certificate['notAfter']}"
+    )
 
 
 # Parts of what OpenSSL says, each with what it means and what to do.

@@ -147,6 +147,51 @@ def test_insecure_trusts_any_broker_and_says_so(
     )
 
 
+@pytest.mark.parametrize(
+    ("trust", "words"),
+    [
+        (
+            "--cafile={certs}/ca.crt",
+            "with TLS 1.3; the broker's certificate is for 'localhost', '127.0.0.1',"
+            " '0:0:0:0:0:0:0:1', issued by 'secure-mqtt CA', valid until ",
+        ),
+        (
+            "--insecure",
+            "with TLS 1.3, but the broker may be anybody: its certificate was not verified",
+        ),
+    ],
+    ids=["verified", "insecure"],
+)
+def test_verbose_tells_of_tls_of_the_brokers_certificate_and_of_the_peers(
+    trust: str, words: str, broker: BrokerSide, start_responder: Start, tmp_path: Path
+) -> None:
+    parts = [(broker.directory / f"responder.{end}").read_bytes() for end in ("crt", "key")]
+    (tmp_path / "responder.pem").write_bytes(b"".join(parts))
+    start_responder(*certificate(broker, "responder"), f"--identity={tmp_path}/responder.pem")
+    options = [f"-p{broker.tls}", *certified(broker.directory, "alice")[1:], "-v"]
+    authorities = [trust.format(certs=broker.directory), f"--peer-ca={broker.directory}/ca.crt"]
+    result = run(*options, *authorities, *REQUEST)
+    assert result.stdout == ANSWER
+    assert f" ms: CONNACK from localhost port {broker.tls}, {words}" in error_lines(result)
+    assert " ms: the responder has proved to be 'responder'\n" in error_lines(result)
+
+
+PAIR_OF_LOGFMT = r'\w+=("([^"\\]|\\.)*"|[^\s"=]+)'
+
+
+def test_all_that_a_responder_logs_is_logfmt(broker: BrokerSide, start_responder: Start) -> None:
+    own_files = certified(broker.directory, "responder")[1:]
+    responder = start_responder("-v", "--insecure", f"-p{broker.tls}", *own_files)
+    assert run(*certificate(broker, "alice"), *REQUEST).stdout == ANSWER
+    responder.wait_for("event=answered", times=2)
+    log = [line for line in responder.lines if not line.startswith("ready: ")]
+    for line in log:
+        assert re.fullmatch(rf"{PAIR_OF_LOGFMT}( {PAIR_OF_LOGFMT})+", line), line
+    insecure, connected, *_ = log
+    assert ' level=warning event=note text="--insecure: ' in insecure
+    assert ' level=info event=note text="CONNACK from localhost port ' in connected
+
+
 def test_tls_alone_trusts_whom_the_system_trusts(
     broker: BrokerSide, start_responder: Start
 ) -> None:

@@ -67,10 +67,10 @@ def silence(settings: Settings, stage: str, reason: str) -> ProgramError:
             "check --host and --port, and whether a firewall is in between",
         )
     if stage == CONNACK:
+        tls = "" if settings.uses_tls else ", and a TLS port needs --cafile or --tls"
         return ProgramError(
             f"no MQTT broker answers on {settings.broker}: {reason}",
-            "check --port; the broker must speak MQTT 3.1.1, and a TLS port needs --cafile or"
-            " --tls",
+            f"check --port; the broker must speak MQTT 3.1.1{tls}",
         )
     return ProgramError(
         f"the broker on {settings.broker} does not go on: {reason}",

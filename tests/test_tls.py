@@ -357,21 +357,30 @@ FAILURES: dict[str, tuple[str, str, str]] = {
         "no MQTT broker answers on localhost port {password}: no CONNACK came",
         "a TLS port needs --cafile or --tls",
     ),
-    "no login": ("-p{password} " + TRUST, NOT_AUTHORIZED, "--username and --password-file"),
+    "no login": (
+        "-p{password} " + TRUST,
+        NOT_AUTHORIZED,
+        "it may want --username and --password-file, or --cert",
+    ),
+    "a certificate instead of a login": (
+        "-p{password} --cert={certs}/alice.crt --key={certs}/alice.key " + TRUST,
+        NOT_AUTHORIZED,
+        "it may want --username and --password-file, or not admit the name in --cert",
+    ),
     "another's password": (
         "-p{password} -ualice --password-file={certs}/bob.password " + TRUST,
         NOT_AUTHORIZED,
-        "--username and --password-file",
+        "the password may be wrong, or the user unknown: check --username and --password-file",
     ),
     "an unknown user": (
         "-p{password} -umallory --password-file={certs}/bob.password " + TRUST,
         NOT_AUTHORIZED,
-        "--username and --password-file",
+        "the password may be wrong, or the user unknown: check --username and --password-file",
     ),
     "no password": (
         "-p{password} -ualice " + TRUST,
         NOT_AUTHORIZED,
-        "--username and --password-file",
+        "no password was given: check --username and --password-file",
     ),
 }
 

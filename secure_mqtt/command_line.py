@@ -152,7 +152,7 @@ def parse_settings(arguments: list[str], help_text: str, version: str) -> Settin
         if not error.hint and len(words) < 3 and "--respond" not in arguments:
             from secure_mqtt.hints import dash_hint
 
-            error.hint = dash_hint(arguments)
+            error.hint = dash_hint(str(error), arguments)
         raise
     fill_in(settings)
     if settings.cafile or settings.cert:

@@ -30,8 +30,15 @@ def unknown_option(argument: str, options: Collection[str]) -> UsageError:
     return UsageError(f"there is no option {name}", hint)
 
 
-def dash_hint(arguments: Sequence[str]) -> str:
-    """Return a hint if one of the arguments may be a text that was taken for options."""
-    is_text = any(re.match("-[A-Za-z]{2}", each) for each in arguments)
-    is_last = len(arguments) > 2 and re.match("-[A-Za-z]", arguments[-1])
+def dash_hint(problem: str, arguments: Sequence[str]) -> str:
+    """Return a hint if one of the arguments may be a text that was taken for options.
+
+    :param problem: what is wrong with them
+    """
+    at_fault = re.match(r"argument (-\w)?", problem)  # argparse names the option
+    option = at_fault[1] if at_fault else "-[A-Za-z]"
+    if not option:  # one that is no single letter
+        return ""
+    is_text = any(re.match(f"{option}[A-Za-z]", each) for each in arguments)
+    is_last = len(arguments) > 2 and re.match(option, arguments[-1])
     return WITH_DASH if is_text or is_last else ""

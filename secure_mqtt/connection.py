@@ -165,6 +165,8 @@ class Connection:
             if settings.uses_tls:
                 client.tls_set_context(tls_context(settings))
             client.connect(settings.host, settings.port, keepalive)
+            # So paho answers CONNACK code 1: it would try MQTT 3.1, and not call on_connect.
+            client.reconnect = self._refuse_older_protocol  # type: ignore[method-assign]
         except Exception as error:  # ValueError, UnicodeError, … for a host that cannot be one
             raise explain(error, self.stage, settings) from None
         while self.stage == CONNACK:
@@ -323,6 +325,9 @@ class Connection:
             self._unacknowledged.append(message.mid)
         self.inbox.put(Message(message.topic, bytes(message.payload), message.retain))
 
+    def _refuse_older_protocol(self) -> NoReturn:
+        raise refusal(self._settings, "unsupported protocol version")
+
     def _refuse_qos_2(self, mid: int) -> NoReturn:
         raise ProgramError(f"the broker on {self._settings.broker} sent a message at QoS 2")
 
@@ -332,9 +337,7 @@ def new_client(settings: Settings) -> paho.Client:
     import paho.mqtt.client as paho
     from paho.mqtt.enums import CallbackAPIVersion
 
-    client = paho.Client(
-        CallbackAPIVersion.VERSION2, settings.id, reconnect_on_failure=False, manual_ack=True
-    )
+    client = paho.Client(CallbackAPIVersion.VERSION2, settings.id, manual_ack=True)
     client.max_inflight_messages_set(0)  # all are sent at once ...
     client.max_queued_messages_set(MAX_IN_FLIGHT)  # ... and no more than these are taken
     client.connect_timeout = settings.timeout

@@ -433,14 +433,17 @@ OTHER_SUBACK = packet(SUBACK, b"\x77\x77\1\1")
 # The steps that the broker takes in its own way, and what the client says.
 ATTACKS: Mapping[str, tuple[Script, str]] = {
     # CONNACK
-    "refuses the protocol version": ({"connect": lambda c: c.send(connack(1)).close()}, "protocol"),
+    "refuses the protocol version": (
+        {"connect": lambda c: c.send(connack(1)).close()},
+        "refuses the connection: unsupported protocol version…MQTT 3.1.1",
+    ),
     "refuses the client ID": (
         {"connect": lambda c: c.send(connack(2)).close()},
-        "refuses the connection…client identifier",
+        "refuses the connection: client identifier not valid…--id",
     ),
     "is not available": (
         {"connect": lambda c: c.send(connack(3)).close()},
-        "refuses the connection…server unavailable",
+        "refuses the connection: server unavailable…try again later",
     ),
     "wants a password": (
         {"connect": lambda c: c.send(connack(4)).close()},

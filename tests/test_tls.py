@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,6 +142,51 @@ def test_insecure_trusts_any_broker_and_says_so(
         "its certificate is for 'localhost', '127.0.0.1', '::1', not for 127.1"
         in failure(*without)[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("trust", "words"),
+    [
+        (
+            "--cafile={certs}/ca.crt",
+            "with TLS 1.3; the broker's certificate is for 'localhost', '127.0.0.1',"
+            " '0:0:0:0:0:0:0:1', issued by 'secure-mqtt CA', valid until ",
+        ),
+        (
+            "--insecure",
+            "with TLS 1.3, but the broker may be anybody: its certificate was not verified",
+        ),
+    ],
+    ids=["verified", "insecure"],
+)
+def test_verbose_tells_of_tls_of_the_brokers_certificate_and_of_the_peers(
+    trust: str, words: str, broker: BrokerSide, start_responder: Start, tmp_path: Path
+) -> None:
+    parts = [(broker.directory / f"responder.{end}").read_bytes() for end in ("crt", "key")]
+    (tmp_path / "responder.pem").write_bytes(b"".join(parts))
+    start_responder(*certificate(broker, "responder"), f"--identity={tmp_path}/responder.pem")
+    options = [f"-p{broker.tls}", *certified(broker.directory, "alice")[1:], "-v"]
+    authorities = [trust.format(certs=broker.directory), f"--peer-ca={broker.directory}/ca.crt"]
+    result = run(*options, *authorities, *REQUEST)
+    assert result.stdout == ANSWER
+    assert f" ms: CONNACK from localhost port {broker.tls}, {words}" in error_lines(result)
+    assert " ms: the responder has proved to be 'responder'\n" in error_lines(result)
+
+
+PAIR_OF_LOGFMT = r'\w+=("([^"\\]|\\.)*"|[^\s"=]+)'
+
+
+def test_all_that_a_responder_logs_is_logfmt(broker: BrokerSide, start_responder: Start) -> None:
+    own_files = certified(broker.directory, "responder")[1:]
+    responder = start_responder("-v", "--insecure", f"-p{broker.tls}", *own_files)
+    assert run(*certificate(broker, "alice"), *REQUEST).stdout == ANSWER
+    responder.wait_for("event=answered", times=2)
+    log = [line for line in responder.lines if not line.startswith("ready: ")]
+    for line in log:
+        assert re.fullmatch(rf"{PAIR_OF_LOGFMT}( {PAIR_OF_LOGFMT})+", line), line
+    insecure, connected, *_ = log
+    assert ' level=warning event=note text="--insecure: ' in insecure
+    assert ' level=info event=note text="CONNACK from localhost port ' in connected
 
 
 def test_tls_alone_trusts_whom_the_system_trusts(
@@ -307,21 +353,30 @@ FAILURES: dict[str, tuple[str, str, str]] = {
         "no MQTT broker answers on localhost port {password}: no CONNACK came",
         "a TLS port needs --cafile or --tls",
     ),
-    "no login": ("-p{password} " + TRUST, NOT_AUTHORIZED, "--username and --password-file"),
+    "no login": (
+        "-p{password} " + TRUST,
+        NOT_AUTHORIZED,
+        "it may want --username and --password-file, or --cert",
+    ),
+    "a certificate instead of a login": (
+        "-p{password} --cert={certs}/alice.crt --key={certs}/alice.key " + TRUST,
+        NOT_AUTHORIZED,
+        "it may want --username and --password-file, or not admit the name in --cert",
+    ),
     "another's password": (
         "-p{password} -ualice --password-file={certs}/bob.password " + TRUST,
         NOT_AUTHORIZED,
-        "--username and --password-file",
+        "the password may be wrong, or the user unknown: check --username and --password-file",
     ),
     "an unknown user": (
         "-p{password} -umallory --password-file={certs}/bob.password " + TRUST,
         NOT_AUTHORIZED,
-        "--username and --password-file",
+        "the password may be wrong, or the user unknown: check --username and --password-file",
     ),
     "no password": (
         "-p{password} -ualice " + TRUST,
         NOT_AUTHORIZED,
-        "--username and --password-file",
+        "no password was given: check --username and --password-file",
     ),
 }
 
@@ -384,6 +439,114 @@ def test_a_client_certificate_that_only_the_broker_finds_expired_is_explained(
         error, hint = failure(f"-p{broker.tls}", *certified(own, "alice"))
     assert REFUSES in error
     assert "valid now" in hint
+
+
+BAD_CERTIFICATE, HANDSHAKE_FAILURE = (bytes([21, 3, 3, 0, 2, 2, code]) for code in (42, 40))
+
+
+@contextlib.contextmanager
+def tls_server(directory: Path, version: ssl.TLSVersion, last_word: bytes) -> Iterator[int]:
+    """Listen with TLS, and refuse who has no certificate of our authority; yields the port.
+
+    :param last_word: what is then sent, instead of the alert that OpenSSL would send
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "localhost.crt", directory / "localhost.key")
+    context.load_verify_locations(directory / "ca.crt")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.minimum_version = context.maximum_version = version
+
+    def refuse(connection: socket.socket) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_side=True)
+        while data := connection.recv(65536):
+            incoming.write(data)
+            try:
+                tls.do_handshake()
+            except ssl.SSLWantReadError:
+                connection.sendall(outgoing.read())
+            except ssl.SSLError:
+                connection.sendall(last_word)
+                return
+
+    def serve() -> None:
+        while True:
+            with server.accept()[0] as connection, contextlib.suppress(ConnectionError):
+                connection.settimeout(SAFETY)
+                refuse(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = hostile.in_thread(serve)
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(SAFETY)
+
+
+TLS_1_2, TLS_1_3 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
+NO_REASON = "it ends the connection without a reason"
+# Whether we show a certificate; the server's version, and what it says; what we say of it.
+REFUSALS: dict[str, tuple[bool, ssl.TLSVersion, bytes, str, str]] = {
+    "our certificate without a word": (True, TLS_1_3, b"", NO_REASON, "may refuse our certificate"),
+    "our certificate without a word, in TLS 1.2": (
+        True,
+        TLS_1_2,
+        b"",
+        NO_REASON,
+        "may refuse our certificate",
+    ),
+    "no certificate without a word": (False, TLS_1_3, b"", NO_REASON, "(--cert and --key)"),
+    "our certificate with an alert": (
+        True,
+        TLS_1_2,
+        BAD_CERTIFICATE,
+        "it refuses our certificate (",
+        "its authority",
+    ),
+    "no certificate as if it were a bad one": (
+        False,
+        TLS_1_2,
+        BAD_CERTIFICATE,
+        "it ends the connection (sslv3 alert bad certificate)",
+        "may want a client certificate (--cert and --key)",
+    ),
+    "no certificate with an alert that says nothing": (
+        False,
+        TLS_1_2,
+        HANDSHAKE_FAILURE,
+        "it ends the connection (sslv3 alert handshake failure)",
+        "may want a client certificate (--cert and --key), or speak other versions of TLS",
+    ),
+    "our certificate with an alert that says nothing": (
+        True,
+        TLS_1_2,
+        HANDSHAKE_FAILURE,
+        "it ends the connection (sslv3 alert handshake failure)",
+        "may refuse our certificate, or speak other versions of TLS",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_of_a_broker_that_refuses_no_more_is_said_than_can_be_known(
+    case: str, certificates: Path, strangers: Path
+) -> None:
+    shows, version, last_word, problem, words = REFUSALS[case]
+    options = certified(strangers, "alice")[1:] if shows else []
+    with tls_server(certificates, version, last_word) as port:
+        error, hint = failure(f"-p{port}", f"--cafile={certificates}/ca.crt", *options)
+    # OpenSSL 3.2 and newer have another name for alerts.
+    error = error.replace("ssl/tls alert", "sslv3 alert")
+    assert error.startswith(f"TLS failed with the broker on localhost port {port}: {problem}")
+    assert words in hint
+
+
+def test_a_broker_that_is_silent_after_tls_is_not_called_one_without_tls(
+    certificates: Path,
+) -> None:
+    with tls_server(certificates, TLS_1_3, b"") as port:
+        error, hint = failure(f"-p{port}", "-W2", *certified(certificates, "alice"))
+    assert error.startswith(f"no MQTT broker answers on localhost port {port}: no CONNACK came")
+    assert "TLS" not in hint
 
 
 def test_a_web_server_is_not_taken_for_a_broker_with_tls(certificates: Path) -> None:

@@ -113,7 +113,7 @@ def test_large_messages_and_many_at_once_pass_through_tls(
 ) -> None:
     """What TLS has already decrypted no longer shows at the socket."""
     start_responder(*proxy(broker, "responder"))
-    message = b"0123456789abcdef" * 2**17
+    message = b"0123456789abcdef" * 2**16
     arguments = [*proxy(broker, "alice"), "alice", "reverse", "-"]
     result = run(*arguments, stdin=message)
     assert (error_lines(result), result.stdout == message[::-1] + b"\n") == ("", True)

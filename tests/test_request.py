@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import paho.mqtt.client as paho
 import pytest
 from conftest import (
     PROGRAM,
@@ -30,6 +31,7 @@ from conftest import (
     run,
     wait_until,
 )
+from paho.mqtt.enums import CallbackAPIVersion
 
 import crypto
 
@@ -256,6 +258,25 @@ def test_the_local_broker_and_responder_answer_and_end(netid: str) -> None:
         assert succeeded(finish(process), b"cba")
     assert seen
     wait_until(lambda: not any(map(is_running, seen)))
+
+
+def test_the_local_broker_admits_nobody_else(netid: str) -> None:
+    refused: list[object] = []
+    with started("-v", "--local", netid, "reverse", "-", stdin=subprocess.PIPE) as process:
+        assert process.stderr
+        said = process.stderr.readline().decode()  # of its own responder
+        port = re.search(r"CONNACK from 127\.0\.0\.1 port (\d+)", said)
+        assert port
+        stranger = paho.Client(CallbackAPIVersion.VERSION2)
+        stranger.on_connect = lambda *arguments: refused.append(arguments[3])
+        stranger.username_pw_set("local", "guessed")
+        stranger.connect("127.0.0.1", int(port[1]))
+        stranger.loop_start()
+        wait_until(lambda: refused)
+        stranger.loop_stop()
+        output, _ = process.communicate(b"abc", timeout=SAFETY)
+    assert str(refused[0]) in ("Not authorized", "Bad user name or password")
+    assert (output, process.returncode) == (b"cba\n", 0)
 
 
 def test_a_local_broker_serves_a_responder(

@@ -345,7 +345,8 @@ SAYS = {  # what is wrong with a bundle, and what is said of it
     "unsigned": "^not signed$",
     "unknown authority": "from an unknown authority$",
     "expired": "has expired, or is not valid yet$",
-    "usage": "for another purpose$",
+    "usage": "for another purpose$|not for signatures$",
+    "too much": "more than 3 certificates, or one of more than 8 KiB$|of another kind$",
     "name": "^signed by '.*', expected '.*'$|^signed with a certificate (without a name|that is not"
     " valid)$|malformed, or of another kind$",
     "key type": "malformed, or of another kind$",

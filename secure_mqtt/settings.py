@@ -59,6 +59,17 @@ class Settings(argparse.Namespace):
         return f"{self.host} port {self.port}"
 
 
+def peer_files(settings: Settings) -> tuple[bytes, bytes]:
+    """Return the contents of --identity and --peer-ca, as they are now; empty if not given.
+
+    :raises UsageError: a file cannot be used
+    """
+    peer_security(settings)
+    files = ("--identity", settings.identity), ("--peer-ca", settings.peer_ca)
+    identity, authority = (read_file(*file) if file[1] else b"" for file in files)
+    return identity, authority
+
+
 def peer_security(settings: Settings) -> tuple[Identity | None, Authority | None]:
     """Return what --identity and --peer-ca name, from the files as they are now.
 

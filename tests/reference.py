@@ -27,6 +27,7 @@ REFUSED = (
 BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\n([^-]*)-----END \1-----\n?")
 SIGNATURE, CIPHERTEXT = "SECURE MQTT SIGNATURE", "SECURE MQTT CIPHERTEXT"
 CURVES = ("secp256r1", "secp384r1")  # P-256, P-384
+KEY_KINDS = ("1.3.101.112", "1.2.840.10045.2.1", "1.2.840.113549.1.1.1")  # Ed25519, EC, RSA
 PSS = padding.PSS(padding.MGF1(SHA256()), salt_length=32)
 X25519_PREFIX = bytes.fromhex("302a300506032b656e032100")  # RFC 8410; the 32-byte point follows
 MLKEM_PREFIX = bytes.fromhex("308204b2300b0609608648016503040402038204a100")  # RFC 9935; 1,184
@@ -93,7 +94,7 @@ def verify(key: object, signature: bytes, data: bytes) -> None:
         key.verify(signature, data)
     elif isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in CURVES:
         key.verify(signature, data, ec.ECDSA(SHA256()))
-    elif isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048:
+    elif isinstance(key, rsa.RSAPublicKey):
         key.verify(signature, data, PSS, SHA256())
     else:
         raise ValueError("no key for signatures")
@@ -122,7 +123,23 @@ def read_bundle(payload: bytes) -> tuple[bytes, list[x509.Certificate], bytes]:
     labels = {label for label, _ in certificates}
     if (labels, last) != ({"CERTIFICATE"}, SIGNATURE):
         raise ValueError("unsigned, or other blocks than it should have")
-    return der, [x509.load_der_x509_certificate(content) for _, content in certificates], signature
+    if len(certificates) > 3 or any(len(content) > 8192 for _, content in certificates):
+        raise ValueError("too much to look at")
+    chain = [x509.load_der_x509_certificate(content) for _, content in certificates]
+    for certificate in chain:
+        check_key(certificate)
+    return der, chain, signature
+
+
+def check_key(certificate: x509.Certificate) -> None:
+    """Check that work with a certificate's key takes little time."""
+    if certificate.public_key_algorithm_oid.dotted_string not in KEY_KINDS:
+        raise ValueError("a key of another kind")
+    key = certificate.public_key()
+    if isinstance(key, rsa.RSAPublicKey) and not (
+        2048 <= key.key_size <= 4096 and key.public_numbers().e < 2**32
+    ):
+        raise ValueError("RSA of another size")
 
 
 def verify_bundle(
@@ -141,11 +158,22 @@ def verify_bundle(
         policy.build_client_verifier().verify(chain[0], chain[1:])
     else:
         policy.build_server_verifier(x509.DNSName(name)).verify(chain[0], chain[1:])
+    check_purpose(chain[0], "1.3.6.1.5.5.7.3.2" if payload1 is None else "1.3.6.1.5.5.7.3.1")
     names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     if name not in names.get_values_for_type(x509.DNSName):
         raise ValueError("another's certificate")
     verify(chain[0].public_key(), signature, signed_bytes(netid, der, payload1))
     return der
+
+
+def check_purpose(leaf: x509.Certificate, purpose: str) -> None:
+    """Check that a certificate is for clientAuth or serverAuth, and its key for signatures."""
+    purposes = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    if purpose not in [each.dotted_string for each in purposes]:
+        raise ValueError("for another purpose")
+    for extension in leaf.extensions:
+        if isinstance(extension.value, x509.KeyUsage) and not extension.value.digital_signature:
+            raise ValueError("not for signatures")
 
 
 def x25519_secret(private: x25519.X25519PrivateKey, peer_der: bytes) -> bytes:

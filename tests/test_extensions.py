@@ -48,7 +48,7 @@ from crypto import (
     to_der,
     to_pem,
 )
-from secure_mqtt.certificates import UTC_TIME
+from secure_mqtt.certificates import UTC_TIME, ends, has_expired
 from secure_mqtt.signatures import Authority, Identity
 from secure_mqtt.suites import (
     SUITES,
@@ -319,8 +319,11 @@ SAYS = {  # what is wrong with a bundle, and what is said of it
     "unsigned": "^not signed$",
     "unknown authority": "from an unknown authority$",
     "expired": "has expired, or is not valid yet$",
-    "usage": "for another purpose$",
-    "name": "^signed by '.*', expected '.*'$|malformed, or of another kind$",
+    "usage": "for another purpose$|not for signatures$",
+    "too much": "^signed with more than 3 certificates, or one of more than 8 KiB$"
+    "|of another kind$",
+    "name": "^signed by '.*', expected '.*'$|^signed with a certificate (without a name|that is not"
+    " valid)$|malformed, or of another kind$",
     "key type": "malformed, or of another kind$",
     "signature": "^its signature does not match$",
     "malformed": MALFORMED + "|^its signature does not match$",
@@ -383,6 +386,7 @@ def test_no_changed_byte_of_a_bundle_changes_the_public_key_that_it_proves(
 # Certificates by hand, since no library would make them.
 
 DNS, RFC822, X400, EDI, IP = 0x82, 0x81, 0xA3, 0xA5, 0x87  # GeneralName (RFC 5280, 4.2.1.6)
+GENERALIZED_TIME = 0x18
 SIGNER = ed25519.Ed25519PrivateKey.generate()
 ALGORITHM = [(OBJECT_IDENTIFIER, bytes.fromhex("2b6570"))]  # Ed25519 (RFC 8410)
 
@@ -404,6 +408,7 @@ def certificate(
     algorithm: list[Any] = ALGORITHM,
     public_key: list[Any] | None = None,
     not_before: tuple[int, bytes] = (UTC_TIME, b"250101000000Z"),
+    not_after: tuple[int, bytes] = (UTC_TIME, b"491231235959Z"),
 ) -> bytes:
     """Return a certificate that its own key has signed (DER)."""
     attribute = [(OBJECT_IDENTIFIER, bytes.fromhex("550403")), (0x0C, common_name)]
@@ -411,7 +416,7 @@ def certificate(
     own_key = SIGNER.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     content = [
         *((0xA0, to_der(version)), serial, algorithm, name),
-        *([not_before, (UTC_TIME, b"491231235959Z")], name),
+        *([not_before, not_after], name),
         *(public_key or from_der(own_key), (0xA3, to_der([*extensions]))),
     ]
     signature = b"\0" + SIGNER.sign(to_der(content))
@@ -477,6 +482,34 @@ def test_an_intermediate_certificate_is_refused_or_not_needed_for(what: str) -> 
     start = response.index(b"-----BEGIN SECURE")
     with contextlib.suppress(PeerKeyError):
         AUTHORITY.verify(response[:start] + odd + response[start:], netid, RESPONDER, request)
+
+
+END_OF_2049 = datetime.datetime(2049, 12, 31, 23, 59, 59, tzinfo=datetime.timezone.utc)
+ENDS = {  # notAfter, and what it means
+    (UTC_TIME, b"491231235959Z"): END_OF_2049,
+    (UTC_TIME, b"500101000000Z"): END_OF_2049.replace(1950, 1, 1, 0, 0, 0),
+    (UTC_TIME, b"000229123456Z"): END_OF_2049.replace(2000, 2, 29, 12, 34, 56),
+    (GENERALIZED_TIME, b"20500101000000Z"): END_OF_2049.replace(2050, 1, 1, 0, 0, 0),
+    (GENERALIZED_TIME, b"99991231235959Z"): END_OF_2049.replace(9999),
+}
+
+
+@pytest.mark.parametrize("not_after", ENDS)
+def test_the_end_of_a_certificate_is_read_as_the_standard_has_it(
+    not_after: tuple[int, bytes],
+) -> None:
+    der = certificate(NAMED, not_after=not_after)
+    pem = OWN_KEY + reference.pem("CERTIFICATE", der) + CHAIN
+    assert ends(pem) == ENDS[not_after].timestamp()
+    assert ends(pem) == x509.load_der_x509_certificate(der).not_valid_after_utc.timestamp()
+    assert has_expired(pem) == (ENDS[not_after] < datetime.datetime.now(datetime.timezone.utc))
+
+
+@pytest.mark.parametrize("content", [b"259999999999Z", b"00000101000000Z", b"4912312359", b""])
+def test_a_certificate_with_an_end_that_does_not_exist_has_none(content: bytes) -> None:
+    der = certificate(NAMED, not_after=(GENERALIZED_TIME, content))
+    with pytest.raises(ValueError):  # noqa: PT011
+        ends(reference.pem("CERTIFICATE", der))
 
 
 def issued(key: ed25519.Ed25519PrivateKey, *extensions: x509.ExtensionType) -> bytes:

@@ -182,6 +182,36 @@ def test_verbose_tells_the_progress_but_neither_key_nor_text(ask: Callable[..., 
         assert secret not in error_lines(result).lower()
 
 
+# What standard error is encoded in, and the arrows that it then shows.
+ARROWS: dict[str, tuple[dict[str, str], str, str]] = {
+    "utf-8": ({"PYTHONIOENCODING": "utf-8"}, "→", "←"),
+    "latin-1": ({"PYTHONIOENCODING": "latin-1"}, "->", "<-"),
+    "ascii": ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "->", "<-"),
+}
+
+
+@pytest.mark.parametrize("encoding", ARROWS)
+def test_verbose_tells_each_of_the_four_messages(
+    encoding: str, ask: Callable[..., Run], netid: str
+) -> None:
+    variables, there, back = ARROWS[encoding]
+    result = ask("uppercase", "PlainText", "-v", env={"PATH": os.environ["PATH"], **variables})
+    lines = [
+        re.fullmatch(rf"{PROGRAM.name}: \d+ ms: (.*)", line)[1]  # type: ignore[index]
+        for line in result.stderr.decode(encoding).splitlines()
+    ]
+    exchange, asked = f"{netid}/key-exchange", f"{netid}/uppercase"
+    assert [re.sub(r"\d+ bytes|port \d+|\b[0-9a-f]{64}$", "N", line) for line in lines] == [
+        "CONNACK from localhost N, without TLS",
+        f"SUBACK for {exchange}/response and {asked}/response",
+        f"1 {there} {exchange}/request, N: our public key (dh4096)",
+        f"2 {back} {exchange}/response, N: the responder's public key (dh4096)",
+        "the responder may be anybody, without --peer-ca; SHA-256 of its public key: N",
+        f"3 {there} {asked}/request, N: the text, encrypted (Fernet)",
+        f"4 {back} {asked}/response, N: the answer, encrypted (Fernet)",
+    ]
+
+
 def test_the_wire_is_the_labs(
     tmp_path: Path, start_responder: Callable[..., ResponderProcess], netid: str
 ) -> None:

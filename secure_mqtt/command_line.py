@@ -37,8 +37,18 @@ class Parser(argparse.ArgumentParser):
         return self.epilog or ""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError. The value of an unknown option may be a password: it is not shown."""
-        raise UsageError(re.sub(r"(--[\w-]+=| -[A-Za-z](?=[^/ ])).*", r"\1...", message))
+        """Raise UsageError; a second line of the message is its hint."""
+        # What follows may be a password: -vPsecret.
+        message = re.sub(r"(?s)ignored explicit argument .*", "takes no value", message)
+        message, _, hint = message.partition("\n")
+        if message.startswith("argument -h/--host: expected"):
+            hint = "--help prints the help, as does -h as the only argument"
+        raise UsageError(message, hint)
+
+    @property
+    def options(self) -> list[str]:
+        """The names of all options, with their dashes."""
+        return [*self._option_string_actions]
 
     def _print_message(self, message: str, file: Any = None) -> None:
         write_output(message.encode())
@@ -59,7 +69,7 @@ def build_parser(help_text: str, version: str) -> Parser:
     add("--rekey", type=seconds)
     suites = " or ".join(SUITES)
     add("--suite", type=checked(str, SUITES.__contains__, suites))
-    add("-h", "--host", type=checked(str, is_mqtt_string, "a host's name or address"))
+    add("-h", "--host", type=host)
     port_range = "a number from 1 to 65535"
     add("-p", "--port", type=checked(decimal, lambda value: 1 <= value <= 65535, port_range))
     add("-i", "--id", type=checked(str, is_mqtt_string, "UTF-8 text of 1 to 65535 bytes"))
@@ -90,6 +100,20 @@ def checked(
     return check
 
 
+def host(text: str) -> str:
+    """Return a host, for argparse, which makes an error of a port or a protocol with it."""
+    name = checked(str, is_mqtt_string, "a host's name or address")(text)
+    if match := re.fullmatch(r"(?:\w+://)?([^:/]+)(?::(\d+))?/?", name):
+        if match[1] == name:
+            return name
+        port = f" --port {match[2]}" if match[2] else ", and the port with --port"
+        hint = f"give the name alone: --host {match[1]}{port}"
+        raise argparse.ArgumentTypeError(
+            f"must be a host's name or address; not {name[:80]!r}\n{hint}"
+        )
+    return name  # an address of IPv6, or what nobody will find
+
+
 def decimal(text: str) -> int:
     """Return the number that a text of digits stands for; int() would take more than that."""
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
@@ -117,20 +141,43 @@ def parse_settings(arguments: list[str], help_text: str, version: str) -> Settin
     :param version: what --version prints, after the program's name
     :raises UsageError: something is wrong with it
     """
-    settings = Settings()
     if arguments == ["-h"]:  # a later edition of the course means --help by it
         arguments = ["--help"]
+    words: list[str] = []
+    try:
+        settings, words = parse(build_parser(help_text, version), arguments)
+        check_combination(settings, words)
+        check_words(settings, words)
+    except UsageError as error:
+        if not error.hint and len(words) < 3 and "--respond" not in arguments:
+            from secure_mqtt.hints import dash_hint
+
+            error.hint = dash_hint(str(error), arguments)
+        raise
+    fill_in(settings)
+    if settings.cafile or settings.cert:
+        tls_context(settings)  # shows what is wrong with the files before anything else is done
+    return settings
+
+
+def parse(parser: Parser, arguments: list[str]) -> tuple[Settings, list[str]]:
+    """Return what the options say, and the arguments that are none."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     for text in arguments[:end]:
         if re.match(r"-[A-Za-z][^=]*\s", text):  # Python 3.13.0 would take such a MESSAGE apart
             raise UsageError("an argument that begins with a dash is an option; put -- before it")
-    build_parser(help_text, version).parse_intermixed_args(arguments[:end], settings)
-    words = settings.words + arguments[end + 1 :]
-    check_combination(settings, words)
-    check_words(settings, words)
-    fill_in(settings)
-    if settings.cafile or settings.cert:
-        tls_context(settings)  # shows what is wrong with the files before anything else is done
+    settings = parse_options(parser, arguments[:end])
+    return settings, settings.words + arguments[end + 1 :]
+
+
+def parse_options(parser: Parser, arguments: list[str]) -> Settings:
+    """Return what these options say, with the other arguments in words."""
+    settings = Settings()
+    _, unknown = parser.parse_known_intermixed_args(arguments, settings)
+    if unknown:
+        from secure_mqtt.hints import unknown_option
+
+        raise unknown_option(unknown[0], parser.options)
     return settings
 
 
@@ -197,7 +244,10 @@ def check_words(settings: Settings, words: Sequence[str]) -> None:
             f" digits and inner hyphens; not {netid[:80]!r}"
         )
     if words[1:] and action not in ACTIONS:
-        raise UsageError(f"ACTION must be one of {', '.join(ACTIONS)}; not {action[:80]!r}")
+        from secure_mqtt.hints import suggestion
+
+        problem = f"ACTION must be one of {', '.join(ACTIONS)}; not {action[:80]!r}"
+        raise UsageError(problem, suggestion(action[:80], ACTIONS))
     if not is_typed_utf8(message):
         raise UsageError("MESSAGE must be UTF-8 text")
     settings.message = None if message == "-" else os.fsencode(message)  # as typed, in any locale

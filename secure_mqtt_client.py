@@ -85,6 +85,8 @@ security of the connection (each of the first five turns TLS on):
                          MQTT_PASSWORD in the environment)
 
 other:
+  --config FILE          read options from this file, too, one a line, without
+                         quotes, # for comments; the command line wins
   -v, --verbose          say on stderr what happens; never a key or a text
   --help                 print this help, as does -h alone
   --version              print the version

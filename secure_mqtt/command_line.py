@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
 from secure_mqtt.actions import ACTIONS, NETID
@@ -80,6 +81,7 @@ def build_parser(help_text: str, version: str) -> Parser:
     add("--status-topic", type=checked(str, is_topic, "a topic without + and #"))
     for option in ("--respond", "--local", "--lines", "--tls", "--insecure"):
         add(option, action="store_true")
+    add("--config", type=checked(str, bool, "a file's name"), action="append")
     add("-v", "--verbose", action="store_true")
     add("--help", action="help")
     add("--version", action="version", version=f"{PROGRAM} {version}")
@@ -161,12 +163,19 @@ def parse_settings(arguments: list[str], help_text: str, version: str) -> Settin
 
 
 def parse(parser: Parser, arguments: list[str]) -> tuple[Settings, list[str]]:
-    """Return what the options say, and the arguments that are none."""
+    """Return what the options say, also those in files, and the arguments that are none."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     for text in arguments[:end]:
         if re.match(r"-[A-Za-z][^=]*\s", text):  # Python 3.13.0 would take such a MESSAGE apart
             raise UsageError("an argument that begins with a dash is an option; put -- before it")
     settings = parse_options(parser, arguments[:end])
+    if settings.config:
+        from secure_mqtt.config import read_config
+
+        check = partial(parse_options, parser)
+        files = [read_config(name, parser.options, check) for name in settings.config]
+        # What comes later wins: the command line.
+        settings = parse_options(parser, [*chain(*files), *arguments[:end]])
     return settings, settings.words + arguments[end + 1 :]
 
 

@@ -63,7 +63,8 @@ broker:
   -h, --host HOST        name or address (default: localhost)
   -p, --port PORT        TCP port (default: 1884, with TLS 8883)
   -i, --id ID            MQTT client ID (default: NETID, as the lab wants it;
-                         for a responder a random one)
+                         with --cert or --username NETID, a hyphen and 16
+                         random digits; for a responder a random one)
   --local                run a broker for this command, and for a request a
                          responder, too (needs the package amqtt)
 

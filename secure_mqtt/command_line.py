@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from secure_mqtt.actions import ACTIONS, NETID
 from secure_mqtt.errors import UsageError
 from secure_mqtt.log import PROGRAM
-from secure_mqtt.settings import Settings, random_id, read_file
+from secure_mqtt.settings import Settings, client_id, read_file
 from secure_mqtt.streams import is_utf8, write_output
 from secure_mqtt.suites import SUITES
 from secure_mqtt.tls import tls_context
@@ -268,10 +268,10 @@ def fill_in(settings: Settings) -> None:
     settings.suite = settings.suite or "dh4096"
     settings.host = settings.host or "localhost"
     settings.port = settings.port or (DEFAULT_TLS_PORT if settings.uses_tls else DEFAULT_PORT)
-    settings.id = settings.id or (random_id() if settings.respond else settings.netid)
     settings.peer_name = settings.peer_name or "responder"
     settings.username = settings.username or os.environ.get("MQTT_USERNAME", "")
     settings.password = password(settings)
+    settings.id = settings.id or client_id(settings)
 
 
 def password(settings: Settings) -> bytes | None:

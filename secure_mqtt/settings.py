@@ -100,6 +100,19 @@ def read_file(option: str, name: str, max_size: int = -1) -> bytes:
     return content
 
 
+def client_id(settings: Settings) -> str:
+    """Return the client ID for who was given none, after NetID and login are known.
+
+    The lab wants the NetID. Where a broker knows its clients by other means, a part that nobody can
+    guess lets several use a NetID at once, and none throw another off.
+    """
+    if settings.respond:
+        return random_id()
+    if settings.cert or settings.username:
+        return f"{settings.netid}-{os.urandom(8).hex()}"
+    return settings.netid
+
+
 def random_id() -> str:
     """Return a client ID for a responder, since the NetID is the client's."""
     return f"responder{os.urandom(4).hex()}"  # every broker takes 23 of these (3.1.1, 3.1.3.1)

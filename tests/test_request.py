@@ -580,6 +580,23 @@ def test_a_second_client_with_the_same_id_ends_the_first_with_a_hint(
             assert succeeded(finish(second), b"cba")
 
 
+def test_two_clients_that_log_in_can_share_a_netid(
+    own_broker: Mosquitto, peer: Connect, netid: str
+) -> None:
+    responder = peer(own_broker.port, "+/+/request")
+    request = "-p", str(own_broker.port), "-u", "alice", netid, "reverse", "abc"
+    with started(*request) as first:
+        first_key = exchange(responder, netid)
+        responder.receive(f"{netid}/reverse/request")
+        with started(*request) as second:
+            key = exchange(responder, netid)
+            responder.receive(f"{netid}/reverse/request")
+            for each in key, first_key:
+                responder.publish(f"{netid}/reverse/response", crypto.encrypt("cba", each))
+            assert succeeded(finish(second), b"cba")
+            assert succeeded(finish(first), b"cba")
+
+
 def interrupt(process: subprocess.Popen[bytes]) -> None:
     """Press Ctrl-C: the whole group is interrupted, and nothing of it stays."""
     group = {process.pid} | processes_below(process.pid)

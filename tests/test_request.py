@@ -34,6 +34,8 @@ from conftest import (
 from paho.mqtt.enums import CallbackAPIVersion
 
 import crypto
+from secure_mqtt.actions import MAX_TEXT
+from secure_mqtt.suites import SUITES
 
 Connect = Callable[..., Peer]
 ALL_PLANES = "".join(
@@ -158,6 +160,17 @@ INPUTS: dict[str, bytes] = {
 def test_standard_input_is_the_message_to_the_byte(ask: Callable[..., Run], case: str) -> None:
     reversed_text = INPUTS[case].decode()[::-1].encode()
     assert succeeded(ask("reverse", "-", stdin=INPUTS[case]), reversed_text)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_text_of_more_than_1_mib_is_not_answered_and_client_and_responder_say_why(
+    ask: Callable[..., Run], responder: ResponderProcess, netid: str, suite: str
+) -> None:
+    text = b"x" * (MAX_TEXT + 16)
+    result = ask("reverse", "-", f"--suite={suite}", "-W3", stdin=text)
+    assert failed(result, f"to a message of {SUITES[suite].sealed_size(len(text))} bytes", "1 MiB")
+    reason = 'reason="a text of more than 1 MiB"'
+    responder.wait_for(f'ignored netid="{netid}" action="reverse" {reason}')
 
 
 LOCALES: dict[str, dict[str, str]] = {

@@ -21,12 +21,13 @@ from secure_mqtt.calls import (
     timed_out,
     topics,
 )
-from secure_mqtt.connection import Connection, Message, backoff
+from secure_mqtt.connection import Connection, backoff
 from secure_mqtt.errors import ProgramError, UnusableError
 from secure_mqtt.exchange import Channel, Exchange
 from secure_mqtt.faults import CONNACK, CONNECTING, LARGE_MESSAGE, SUBACK
 from secure_mqtt.lines import InputLines, Window
 from secure_mqtt.log import log
+from secure_mqtt.mailboxes import Message
 from secure_mqtt.settings import Settings
 from secure_mqtt.streams import write_output
 from secure_mqtt.suites import SUITES

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from crypto import MAX_KEY_FILE_SIZE, CryptoError
-from secure_mqtt.actions import KEY_EXCHANGE, REQUEST, RESPONSE
+from secure_mqtt.actions import KEY_EXCHANGE, MAX_TEXT, REQUEST, RESPONSE
 from secure_mqtt.connection import Connection, Message
 from secure_mqtt.errors import ProgramError, UnusableError
 from secure_mqtt.exchange import Exchange
 from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, silence
 from secure_mqtt.log import PROGRAM, log
 from secure_mqtt.settings import Settings
-from secure_mqtt.suites import SUITES
+from secure_mqtt.suites import LAB, SUITES
 
 EXCHANGE, ANSWER = "the key exchange", "the response"  # what is waited for, after the SUBACK
 KEY_SENT, KEY_RECEIVED, REQUEST_SENT, ANSWER_RECEIVED = 1, 2, 3, 4  # the lab's numbers
@@ -124,14 +124,21 @@ def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
             else "another client may be using this NETID, or someone tampers with the messages",
         )
     if is_exchange:
+        others = "" if settings.suite == LAB.name else ", or know other suites only"
         return ProgramError(
             f"no responder answered the key exchange on {topic} {within}",
             f"start one ({PROGRAM} --respond), or check NETID, --host and --port;"
             " an access rule of the broker may also drop messages without a word, or the responder"
-            " demand an --identity",
+            f" demand an --identity{others}",
+        )
+    problem = f"no response came on {topic} {within}"
+    if mqtt.outbox.largest_taken > SUITES[settings.suite].sealed_size(MAX_TEXT):
+        return ProgramError(
+            f"{problem} to a message of {mqtt.outbox.largest_taken} bytes",
+            "a responder of this program takes texts of at most 1 MiB (1048576 bytes): send parts",
         )
     return ProgramError(
-        f"no response came on {topic} {within}",
+        problem,
         "the responder may have ended or not know this action (see its log), the message may be"
         " too large for the broker, or an access rule may drop it",
     )

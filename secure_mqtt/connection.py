@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # else loaded where it is used: --help and usage errors do no
 QOS = 1
 KEEPALIVE = 15  # seconds of silence after which a responder asks its broker for a sign of life
 MAX_KEEPALIVE = 65_535  # seconds: 3.1.1, 3.1.2.10
+READ_TIME = 0.005  # seconds of reading until what came is handled
 LOOP_INTERVAL = 1.0  # seconds between looks at the time, for keep-alive
 MAX_MESSAGES = 10_000  # received, but not handled yet; more are dropped
 MAX_IN_FLIGHT = 10_000  # published, but not acknowledged by the broker yet
@@ -41,7 +42,7 @@ class Inbox:
     """The messages that were received, but not handled yet."""
 
     def __init__(self) -> None:
-        self.dropped = 0  # for which there was no room
+        self._dropped = 0  # for which there was no room
         self._messages: deque[Message] = deque()
         self._bytes = 0
 
@@ -55,13 +56,18 @@ class Inbox:
             self._messages.append(message)
             self._bytes = size
         else:
-            self.dropped += 1
+            self._dropped += 1
 
     def take(self) -> Message:
         """Return the oldest message, which is then no longer there."""
         message = self._messages.popleft()
         self._bytes -= len(message.payload)
         return message
+
+    def take_dropped(self) -> int:
+        """Return for how many there was no room since this was asked before."""
+        dropped, self._dropped = self._dropped, 0
+        return dropped
 
     def clear(self) -> None:
         """Forget the messages."""
@@ -72,6 +78,7 @@ class Outbox:
     """What was published, but not acknowledged by the broker yet."""
 
     def __init__(self) -> None:
+        self.largest_taken = 0  # bytes of the largest payload that was acknowledged
         self._sizes: dict[int, int] = {}  # of the payloads, in bytes, by packet identifier
         self._bytes = 0
 
@@ -94,7 +101,9 @@ class Outbox:
 
     def remove(self, mid: int) -> None:
         """Note that it was acknowledged."""
-        self._bytes -= self._sizes.pop(mid, 0)
+        size = self._sizes.pop(mid, 0)
+        self._bytes -= size
+        self.largest_taken = max(self.largest_taken, size)
 
 
 class Connection:
@@ -156,11 +165,21 @@ class Connection:
             if settings.uses_tls:
                 client.tls_set_context(tls_context(settings))
             client.connect(settings.host, settings.port, keepalive)
+            # So paho answers CONNACK code 1: it would try MQTT 3.1, and not call on_connect.
+            client.reconnect = self._refuse_older_protocol  # type: ignore[method-assign]
         except Exception as error:  # ValueError, UnicodeError, … for a host that cannot be one
             raise explain(error, self.stage, settings) from None
         while self.stage == CONNACK:
             self.wait()
-        log().info("CONNACK from %s, %s", settings.broker, describe(client.socket()))
+        self._tell("CONNACK from %s, %s", settings.broker, self.security())
+
+    def security(self) -> str:
+        """Tell of its TLS, for a person."""
+        return describe(self._client.socket())
+
+    def _tell(self, text: str, *values: object) -> None:
+        if not self._settings.respond:  # whose log consists of events
+            log().info(text, *values)
 
     def subscribe(self, *topics: str) -> None:
         """Subscribe at QoS 1, in one packet; wait for the SUBACK. ProgramError for a refusal."""
@@ -176,7 +195,7 @@ class Connection:
                 "its access rules may not allow this NETID",
                 is_final=True,
             )
-        log().info("SUBACK for %s", " and ".join(topics))
+        self._tell("SUBACK for %s", " and ".join(topics))
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> bool:
         """Publish at QoS 1. False: too large, too much in flight, or no broker."""
@@ -197,10 +216,11 @@ class Connection:
             self.wait()
             self.inbox.clear()  # nobody takes them any more
 
-    def wait(self, others: Sequence[Any] = ()) -> list[Any]:
+    def wait(self, others: Sequence[Any] = (), is_busy: bool = False) -> list[Any]:
         """Let the network go on until something comes, or for LOOP_INTERVAL.
 
         :param others: things that select() takes, to be waited for as well
+        :param is_busy: whether to come back at once
         :return: those of them that can be read
         :raises ProgramError: the connection has ended
         :raises TimeoutError: so has the patience
@@ -209,7 +229,7 @@ class Connection:
         if self._failure:
             raise self._failure
         try:
-            readable = self._step(others)
+            readable = self._step(others, is_busy)
         except Exception as error:
             # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
             self._failure = explain(error, self.stage, self._settings, self.outbox.largest)
@@ -226,7 +246,7 @@ class Connection:
             self.wait()
         return self.inbox.take()
 
-    def _step(self, others: Sequence[Any]) -> list[Any]:
+    def _step(self, others: Sequence[Any], is_busy: bool) -> list[Any]:
         self._acknowledge()
         client = self._client
         client.loop_misc()  # keep-alive: closes a connection that is dead
@@ -237,12 +257,12 @@ class Connection:
         to_read, to_write = ([], [sock]) if client.want_write() else ([sock], [])
         # TLS may have decrypted more than was read.
         is_pending = bool(to_read) and hasattr(sock, "pending") and sock.pending() > 0
-        is_busy = is_pending or (self.inbox and self._granted)
-        timeout = 0 if is_busy else LOOP_INTERVAL
+        has_work = is_busy or is_pending or (self.inbox and self._granted)
+        timeout = 0 if has_work else LOOP_INTERVAL
         readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
         code = client.loop_write() if writable else 0
         if sock in readable or is_pending:
-            code = client.loop_read()
+            code = self._read(sock)
             if self._settings.uses_tls:  # its session tickets are no packets that paho tells of
                 acknowledge_at_once(sock)
         if code:
@@ -252,6 +272,19 @@ class Connection:
         if sock in readable:
             readable.remove(sock)
         return readable
+
+    def _read(self, sock: Any) -> int:
+        """Read what has come, but not for long: a flood shall not keep its answers waiting.
+
+        :return: paho's code of what went wrong, or 0
+        """
+        end = time.monotonic() + READ_TIME
+        while True:
+            code = self._client.loop_read()
+            if code or not self.inbox or time.monotonic() >= end:
+                return int(code)
+            if not select.select([sock], [], [], 0)[0]:
+                return 0
 
     def _acknowledge(self) -> None:
         """Acknowledge what came in; not at once, so that the answers to it are faster."""
@@ -292,6 +325,9 @@ class Connection:
             self._unacknowledged.append(message.mid)
         self.inbox.put(Message(message.topic, bytes(message.payload), message.retain))
 
+    def _refuse_older_protocol(self) -> NoReturn:
+        raise refusal(self._settings, "unsupported protocol version")
+
     def _refuse_qos_2(self, mid: int) -> NoReturn:
         raise ProgramError(f"the broker on {self._settings.broker} sent a message at QoS 2")
 
@@ -301,9 +337,7 @@ def new_client(settings: Settings) -> paho.Client:
     import paho.mqtt.client as paho
     from paho.mqtt.enums import CallbackAPIVersion
 
-    client = paho.Client(
-        CallbackAPIVersion.VERSION2, settings.id, reconnect_on_failure=False, manual_ack=True
-    )
+    client = paho.Client(CallbackAPIVersion.VERSION2, settings.id, manual_ack=True)
     client.max_inflight_messages_set(0)  # all are sent at once ...
     client.max_queued_messages_set(MAX_IN_FLIGHT)  # ... and no more than these are taken
     client.connect_timeout = settings.timeout

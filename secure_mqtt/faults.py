@@ -17,15 +17,30 @@ LARGE_MESSAGE = 8000
 
 def refusal(settings: Settings, reason: str) -> ProgramError:
     """Return the error for a CONNACK that says no, for a reason."""
+    is_login = reason in ("bad user name or password", "not authorized")
     hints = {
-        "bad user name or password": "check --username and --password-file",
-        "not authorized": "it may want --username and --password-file, or --cert and --key",
+        "unsupported protocol version": "use a broker that speaks MQTT 3.1.1",
+        "client identifier not valid": "choose another with --id",
+        "server unavailable": "try again later",
     }
+    hint = hints.get(reason, "ask whoever runs it, or check --host and --port")
     return ProgramError(
         f"the broker on {settings.broker} refuses the connection: {reason}",
-        hints.get(reason, "ask whoever runs it, or check --host and --port"),
-        is_final=reason in hints,
+        login_hint(settings) if is_login else hint,
+        is_final=is_login,
     )
+
+
+def login_hint(settings: Settings) -> str:
+    """Return what to do when a broker does not admit us, which depends on what we have shown."""
+    login = "--username and --password-file"
+    if settings.password is not None:
+        return f"the password may be wrong, or the user unknown: check {login}"
+    if settings.username:
+        return f"no password was given: check {login}"
+    if settings.cert:
+        return f"it may want {login}, or not admit the name in --cert"
+    return f"it may want {login}, or --cert and --key"
 
 
 def explain(error: Exception, stage: str, settings: Settings, size: int = 0) -> ProgramError:
@@ -78,10 +93,10 @@ def silence(settings: Settings, stage: str, reason: str) -> ProgramError:
             "check --host and --port, and whether a firewall is in between",
         )
     if stage == CONNACK:
+        tls = "" if settings.uses_tls else ", and a TLS port needs --cafile or --tls"
         return ProgramError(
             f"no MQTT broker answers on {settings.broker}: {reason}",
-            "check --port; the broker must speak MQTT 3.1.1, and a TLS port needs --cafile or"
-            " --tls",
+            f"check --port; the broker must speak MQTT 3.1.1{tls}",
         )
     return ProgramError(
         f"the broker on {settings.broker} does not go on: {reason}",

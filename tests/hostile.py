@@ -512,7 +512,7 @@ def changed_program(folder: Path, change: str) -> Path:
     path.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "import crypto, secure_mqtt_client as program\n"
-        f"from secure_mqtt import connection, exchange, session, streams\n{change}"
+        f"from secure_mqtt import connection, exchange, session, streams, suites\n{change}"
         "if __name__ == '__main__':\n    os._exit(program.main())\n"
     )
     return path

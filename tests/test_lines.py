@@ -55,7 +55,7 @@ Connect = Callable[..., Peer]
 Responders = Callable[..., ResponderProcess]
 Send = Callable[[bytes], object]
 
-both_suites = pytest.mark.parametrize("suite", list(SUITES))
+each_suite = pytest.mark.parametrize("suite", list(SUITES))
 
 
 def numbered(count: int, width: int = 0) -> list[bytes]:
@@ -215,7 +215,7 @@ INPUTS: dict[str, bytes] = {
 }
 
 
-@both_suites
+@each_suite
 @pytest.mark.usefixtures("responder")
 @pytest.mark.parametrize("name", INPUTS)
 def test_each_line_is_answered_on_a_line_in_order(
@@ -227,7 +227,7 @@ def test_each_line_is_answered_on_a_line_in_order(
     assert succeeded(result, upper(lines))
 
 
-@both_suites
+@each_suite
 @pytest.mark.usefixtures("responder")
 def test_an_answer_is_printed_before_the_next_line_is_written(
     broker: Mosquitto, netid: str, suite: str
@@ -239,7 +239,7 @@ def test_an_answer_is_printed_before_the_next_line_is_written(
         assert succeeded(running.finish(), b"")
 
 
-@both_suites
+@each_suite
 @pytest.mark.usefixtures("responder")
 def test_a_line_in_parts_is_one_line(broker: Mosquitto, netid: str, suite: str) -> None:
     with live(*arguments(broker.port, netid, "--suite", suite)) as running:
@@ -252,7 +252,7 @@ def test_a_line_in_parts_is_one_line(broker: Mosquitto, netid: str, suite: str) 
         assert succeeded(running.finish(), b"LAST\n")
 
 
-@both_suites
+@each_suite
 @pytest.mark.usefixtures("responder")
 def test_a_pause_longer_than_the_timeout_ends_nothing(
     broker: Mosquitto, netid: str, suite: str
@@ -265,7 +265,7 @@ def test_a_pause_longer_than_the_timeout_ends_nothing(
         assert succeeded(running.finish(), b"")
 
 
-@both_suites
+@each_suite
 @pytest.mark.usefixtures("responder")
 def test_a_reader_that_pauses_longer_than_the_timeout_ends_nothing(
     broker: Mosquitto, netid: str, suite: str
@@ -347,7 +347,7 @@ def test_a_line_without_end_ends_a_session_before_it_takes_all_memory(
         assert process.wait(SAFETY) == 1
 
 
-@both_suites
+@each_suite
 @pytest.mark.usefixtures("responder")
 @pytest.mark.parametrize("wrong", [b"\xff", b"ab\xc3", b"\xed\xa0\x80"])
 def test_a_line_that_is_no_utf8_ends_a_session_after_the_answers_before_it(
@@ -369,7 +369,7 @@ def test_a_line_that_is_no_utf8_ends_a_session_whose_input_goes_on(
         assert failed(running.finish(), 2, b"", "not UTF-8")
 
 
-@both_suites
+@each_suite
 @pytest.mark.usefixtures("responder")
 def test_a_reader_that_has_gone_ends_a_session(broker: Mosquitto, netid: str, suite: str) -> None:
     with live(*arguments(broker.port, netid, "--suite", suite)) as running:
@@ -404,7 +404,7 @@ def test_streams_that_cannot_be_used_end_a_session(
 WRONG_ANSWERS = {"a newline": b"two\nlines", "only a newline": b"\n", "no UTF-8": b"\xc3("}
 
 
-@both_suites
+@each_suite
 @pytest.mark.parametrize("name", WRONG_ANSWERS)
 def test_a_response_that_is_not_one_line_of_text_ends_a_session(
     own_broker: Mosquitto, netid: str, peer: Connect, suite: str, name: str
@@ -421,7 +421,7 @@ def all_but(silent: bytes, line: bytes) -> bytes | None:
     return None if line == silent else line.upper()
 
 
-@both_suites
+@each_suite
 def test_a_line_that_is_never_answered_ends_a_session_within_the_timeout(
     own_broker: Mosquitto, netid: str, peer: Connect, suite: str
 ) -> None:
@@ -441,7 +441,13 @@ def test_a_line_that_is_never_answered_ends_a_session_within_the_timeout(
 
 @pytest.mark.parametrize(
     ("suite", "size", "expected"),
-    [("x25519", 0, 64), ("x25519", 300_000, 3), ("x25519", 2_000_000, 1), ("dh4096", 0, 1)],
+    [
+        ("x25519", 0, 64),
+        ("x25519", 300_000, 3),
+        ("x25519", 2_000_000, 1),
+        ("mlkem768x25519", 0, 64),
+        ("dh4096", 0, 1),
+    ],
 )
 def test_no_more_is_on_its_way_than_the_window_allows(
     own_broker: Mosquitto, netid: str, peer: Connect, suite: str, size: int, expected: int
@@ -454,7 +460,7 @@ def test_no_more_is_on_its_way_than_the_window_allows(
     assert len({line for line, _ in came}) == expected
 
 
-@both_suites
+@each_suite
 def test_without_a_responder_a_session_says_so(
     own_broker: Mosquitto, netid: str, suite: str
 ) -> None:
@@ -462,7 +468,7 @@ def test_without_a_responder_a_session_says_so(
     assert failed(result, 1, b"", "no responder answered the key exchange", "4 s")
 
 
-@both_suites
+@each_suite
 def test_what_a_session_waited_for_counts_when_its_time_ends_while_it_connects_again(
     own_broker: Mosquitto, netid: str, suite: str
 ) -> None:
@@ -489,7 +495,7 @@ def test_a_broker_that_is_not_there_ends_a_session_at_once(netid: str) -> None:
         assert failed(result, 1, b"", words)
 
 
-@both_suites
+@each_suite
 def test_a_broker_that_hangs_ends_a_session_within_the_timeout(
     own_broker: Mosquitto, start_responder: Responders, netid: str, suite: str
 ) -> None:
@@ -526,13 +532,13 @@ def test_ctrl_c_ends_a_session_quietly(broker: Mosquitto, netid: str, lines: lis
 # --- a broker that does not take all ------------------------------------------------------------
 
 
-@both_suites
+@each_suite
 def test_a_line_that_the_broker_does_not_take_is_named_after_the_answers_before_it(
     tmp_path: Path, start_responder: Responders, netid: str, suite: str
 ) -> None:
     mosquitto = Mosquitto(tmp_path, "max_packet_size 20000")
     lines = [*numbered(20), b"x" * 21_000, *numbered(50)]
-    size = {"x25519": "21,024", "dh4096": f"{crypto.token_size(21_000):,}"}[suite]
+    size = "21,024" if SUITES[suite].is_numbered else f"{crypto.token_size(21_000):,}"
 
     def attempt(netid: str) -> None:
         result = session(mosquitto.port, netid, joined(lines), "--suite", suite)
@@ -546,7 +552,7 @@ def test_a_line_that_the_broker_does_not_take_is_named_after_the_answers_before_
         mosquitto.kill()
 
 
-@both_suites
+@each_suite
 def test_a_large_line_outlasts_two_lost_connections(
     own_broker: Mosquitto, start_responder: Responders, netid: str, suite: str
 ) -> None:
@@ -622,7 +628,7 @@ def test_a_session_with_a_quick_responder_does_not_wait_long_for_one_of_its_keys
     assert done
 
 
-@both_suites
+@each_suite
 @pytest.mark.usefixtures("responder")
 def test_sessions_that_share_a_netid_each_find_their_key(
     broker: Mosquitto, netid: str, suite: str
@@ -664,7 +670,7 @@ def answered(responder: ResponderProcess, netid: str, action: str) -> int:
     return sum(text in line for line in responder.lines)
 
 
-@both_suites
+@each_suite
 def test_keys_are_renewed_in_time_while_answers_stay_in_order(
     broker: Mosquitto, responder: ResponderProcess, netid: str, suite: str
 ) -> None:
@@ -675,7 +681,7 @@ def test_keys_are_renewed_in_time_while_answers_stay_in_order(
     assert answered(responder, netid, "key-exchange") >= 3
 
 
-@both_suites
+@each_suite
 def test_keys_are_renewed_when_the_next_line_comes_late(
     broker: Mosquitto, responder: ResponderProcess, netid: str, suite: str
 ) -> None:
@@ -687,7 +693,7 @@ def test_keys_are_renewed_when_the_next_line_comes_late(
         assert succeeded(running.finish(), b"")
 
 
-@both_suites
+@each_suite
 def test_even_a_key_that_is_old_at_once_is_used(
     broker: Mosquitto, responder: ResponderProcess, netid: str, suite: str
 ) -> None:
@@ -696,7 +702,7 @@ def test_even_a_key_that_is_old_at_once_is_used(
     assert succeeded(session(broker.port, netid, joined(lines), *options), upper(lines))
 
 
-@both_suites
+@each_suite
 def test_without_renewal_there_is_one_key_exchange(
     broker: Mosquitto, responder: ResponderProcess, netid: str, suite: str
 ) -> None:
@@ -706,7 +712,7 @@ def test_without_renewal_there_is_one_key_exchange(
     assert answered(responder, netid, "key-exchange") == 1
 
 
-@both_suites
+@each_suite
 def test_a_key_is_renewed_after_many_requests(
     broker: Mosquitto, responder: ResponderProcess, netid: str, suite: str
 ) -> None:
@@ -737,7 +743,7 @@ def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conftest, "PROGRAM", impatient_program(tmp_path))
 
 
-@both_suites
+@each_suite
 @pytest.mark.usefixtures("impatient")
 def test_a_session_goes_on_when_the_broker_was_restarted(
     own_broker: Mosquitto, start_responder: Responders, netid: str, suite: str
@@ -746,7 +752,7 @@ def test_a_session_goes_on_when_the_broker_was_restarted(
     resumes(own_broker.port, netid, suite, own_broker.restart)
 
 
-@both_suites
+@each_suite
 def test_a_session_goes_on_with_a_responder_that_has_lost_its_keys(
     own_broker: Mosquitto, start_responder: Responders, netid: str, suite: str
 ) -> None:
@@ -768,7 +774,7 @@ def prompt_broker(tmp_path: Path, start_responder: Responders) -> Iterator[Mosqu
     mosquitto.kill()
 
 
-@both_suites
+@each_suite
 def test_a_session_goes_on_when_its_connection_was_cut(
     prompt_broker: Mosquitto, netid: str, suite: str
 ) -> None:
@@ -951,14 +957,14 @@ TAMPERINGS: dict[str, Tampering] = {
     "reflects requests": reflects,
 }
 # Of dh4096 one message is on its way at a time, and an exchange may take long.
-OF_X25519 = {"reorders responses", "reorders requests", "drops the first key"}
+WHERE_NUMBERED = {"reorders responses", "reorders requests", "drops the first key"}
 
 
-@both_suites
+@each_suite
 def test_a_broker_that_tampers_puts_no_answer_in_a_wrong_place(
     prompt_broker: Mosquitto, netid: str, suite: str
 ) -> None:
-    lines = numbered(1000 if suite == "x25519" else 200)
+    lines = numbered(1000 if SUITES[suite].is_numbered else 200)
 
     def attack(name: str, number: int) -> None:
         done: list[Packet] = []
@@ -968,5 +974,6 @@ def test_a_broker_that_tampers_puts_no_answer_in_a_wrong_place(
         assert done, "nothing was tampered with"
         assert succeeded(result, upper(lines))
 
-    names = [name for name in TAMPERINGS if suite == "x25519" or name not in OF_X25519]
+    is_numbered = SUITES[suite].is_numbered
+    names = [name for name in TAMPERINGS if is_numbered or name not in WHERE_NUMBERED]
     all_at_once({name: partial(attack, name, number) for number, name in enumerate(names)})

@@ -278,7 +278,7 @@ def test_a_reader_that_pauses_longer_than_the_timeout_ends_nothing(
         assert succeeded(running.finish(), upper(lines[1:]))
 
 
-@both_suites
+@each_suite
 @pytest.mark.usefixtures("responder")
 def test_each_message_of_a_session_is_told_of_if_asked(
     broker: Mosquitto, netid: str, suite: str
@@ -644,7 +644,7 @@ def test_sessions_that_share_a_netid_each_find_their_key(
     all_at_once({name: partial(attempt, name) for name in names})
 
 
-@both_suites
+@each_suite
 def test_a_flood_of_keys_makes_a_session_try_a_few(
     own_broker: Mosquitto, netid: str, peer: Connect, suite: str
 ) -> None:

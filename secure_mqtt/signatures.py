@@ -28,6 +28,7 @@ SIGNATURE = b"SECURE MQTT SIGNATURE"  # a PEM label
 REQUEST_LABEL = b"secure-mqtt/1 key-exchange request"
 RESPONSE_LABEL = b"secure-mqtt/1 key-exchange response"
 PSS_SALT_SIZE = 32  # bytes
+MAX_SHOWN, MAX_SHOWN_SIZE = 3, 200  # names in an error, and characters of them
 # Work with a key of RSA grows with the length of its numbers; public exponents are 65537 mostly.
 RSA_SIZES, MAX_RSA_EXPONENT_SIZE = range(2048, 4096 + 1), 32  # bits
 # Others are not even read: one of Diffie-Hellman takes the library seconds.
@@ -219,7 +220,9 @@ def _check_purpose(leaf: Any, is_client: bool) -> None:
 def _check_name(leaf: Any, name: str) -> None:
     names = _dns_names(leaf)
     if name not in names:
-        raise PeerKeyError(f"signed by {', '.join(names)!r}, expected {name!r}")
+        shown = ", ".join(names[:MAX_SHOWN])[:MAX_SHOWN_SIZE]
+        more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+        raise PeerKeyError(f"signed by {shown!r}{more}, expected {name[:MAX_SHOWN_SIZE]!r}")
 
 
 def _dns_names(certificate: Any) -> list[str]:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from issuing import ALICE, NETID, Issuer, odd_rsa, p256, p384, pem, signed
+from issuing import ALICE, NETID, PURPOSES, Issuer, odd_rsa, p256, p384, pem, signed
 
 from crypto import (
     BIT_STRING,
@@ -283,6 +283,41 @@ def test_a_certificate_proves_only_what_it_is_for(what: str) -> None:
         else:
             prove(payload, request)
             reference.verify_bundle(payload, NETID, NETID, [ANCHOR], request)
+
+
+# --- whose it is -------------------------------------------------------------------------------
+
+NAMES: dict[str, tuple[list[str], str]] = {
+    "one": (["bob"], "signed by 'bob', expected 'le0nh4rt'"),
+    "three": (["a", "b", "c"], "signed by 'a, b, c', expected 'le0nh4rt'"),
+    "500": ([f"n{n}" for n in range(500)], "signed by 'n0, n1, n2' and 497 more, expected"),
+    "a long one": (["x" * 5000], f"signed by '{'x' * 200}', expected 'le0nh4rt'"),
+    "one that writes to a terminal": (["\x1b[2J\r\n"], r"signed by '\x1b[2J\r\n', expected"),
+    "one in capitals": ([NETID.upper()], f"signed by '{NETID.upper()}', expected '{NETID}'"),
+    "one with a dot": ([f"{NETID}."], f"signed by '{NETID}.', expected '{NETID}'"),
+}
+
+
+@pytest.mark.parametrize("which", NAMES)
+def test_another_name_is_shown_in_words_that_are_short_and_printable(which: str) -> None:
+    names, says = NAMES[which]
+    key = p256()
+    leaf = COURSE.issue(key.public_key(), issuing.named(*names), PURPOSES)
+    with pytest.raises(PeerKeyError) as refusal:
+        prove(signed(key, leaf))
+    text = str(refusal.value)
+    assert text.startswith(says)
+    assert text.isprintable()
+    assert len(text) < 300
+
+
+def test_a_long_netid_is_shown_in_part() -> None:
+    netid, key = "n" * 60_000, p256()
+    payload = reference.bundle(
+        netid, issuing.x25519_public_key(), key, pem(COURSE.issue(key.public_key(), *ALICE))
+    )
+    with pytest.raises(PeerKeyError, match=f"^signed by '{NETID}', expected 'n{{200}}'$"):
+        AUTHORITY.verify(payload, netid, netid)
 
 
 # --- how long it holds -------------------------------------------------------------------------

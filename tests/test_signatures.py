@@ -6,14 +6,15 @@ import contextlib
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from random import Random
 from typing import Any
 
 import issuing
+import mutants
 import pytest
 import reference
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa, x448, x25519
-from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -21,6 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from issuing import ALICE, NETID, PURPOSES, Issuer, odd_rsa, p256, p384, pem, signed
 
 from crypto import (
@@ -191,11 +194,9 @@ def spki(public_key: Any) -> bytes:
 def certified(public_key: bytes, issuer: Issuer = COURSE) -> bytes:
     """Return message 1 with a certificate for any SubjectPublicKeyInfo (DER)."""
     key = p256()
-    leaf = issuer.issue(key.public_key(), *ALICE).public_bytes(Encoding.DER)
-    content, algorithm, _ = from_der(leaf)
-    content[6] = from_der(public_key)
-    signature = b"\0" + issuer.key.sign(to_der(content), ec.ECDSA(SHA256()))
-    leaf = to_der([content, algorithm, (BIT_STRING, signature)])
+    parts = from_der(issuer.issue(key.public_key(), *ALICE).public_bytes(Encoding.DER))
+    parts[0][6] = from_der(public_key)
+    leaf = mutants.issued_anew(to_der(parts), issuer)
     der = issuing.x25519_public_key()
     return reference.bundle(NETID, der, key, reference.pem("CERTIFICATE", leaf))
 
@@ -406,3 +407,22 @@ def test_a_stranger_costs_little_more_than_who_is_certified_with(what: str) -> N
     with pytest.raises(PeerKeyError):
         prove(payload)
     assert cost(payload) < 10 * cost(below(0))
+
+
+# --- anything at all ---------------------------------------------------------------------------
+
+SEEDS = mutants.seeds()
+
+
+def test_what_mutants_are_made_of_is_accepted() -> None:
+    for seed in SEEDS:
+        payload, request = mutants.key_exchange(seed)
+        mutants.AUTHORITY.verify(payload, NETID, NETID, request)
+
+
+@settings(max_examples=500)
+@given(st.sampled_from(SEEDS), st.integers(0, 2**64))
+def test_a_certificate_changed_anywhere_proves_the_name_or_is_a_peer_key_error(
+    seed: bytes, number: int
+) -> None:
+    mutants.judge(mutants.mutant(seed, Random(number)))

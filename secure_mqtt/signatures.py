@@ -119,27 +119,33 @@ class Authority:
             ends of those between the signer and our authority, its own included
         :raises PeerKeyError: it was not signed by that name's owner for this exchange
         """
-        if len(payload) > MAX_EXCHANGE_SIZE:
-            raise PeerKeyError("larger than any signed key exchange")
-        signed_bytes = _signed_bytes(payload, netid, request)
         try:
-            *chain, signature = _signature_blocks(payload)
-            with warnings.catch_warnings():  # of a serial number below 1, which is refused below
+            with (
+                warnings.catch_warnings()
+            ):  # of what is refused anyhow, like a serial number below 1
                 warnings.simplefilter("ignore")
-                leaf, *others = _read_chain(chain)
-            path = self._verified_path(leaf, others, is_client=request is None)
-            _check_purpose(leaf, is_client=request is None)
-            _check_name(leaf, name)
-            key: Any = leaf.public_key()
-            key.verify(signature, signed_bytes, *_signature_scheme(key))
+                return self._verify(payload, netid, name, request)
         except exceptions.InvalidSignature:
             raise PeerKeyError("its signature does not match") from None
         except PeerKeyError:
             raise
-        except CERTIFICATE_ERRORS:
+        except Exception:  # the library does not say all that it raises for what a stranger sends
             raise PeerKeyError(
                 "its signature or certificate is malformed, or of another kind"
             ) from None
+
+    def _verify(self, payload: bytes, netid: str, name: str, request: bytes | None) -> float:
+        if len(payload) > MAX_EXCHANGE_SIZE:
+            raise PeerKeyError("larger than any signed key exchange")
+        is_client = request is None
+        signed_bytes = _signed_bytes(payload, netid, request)
+        *chain, signature = _signature_blocks(payload)
+        leaf, *others = _read_chain(chain)
+        path = self._verified_path(leaf, others, is_client)
+        _check_purpose(leaf, is_client)
+        _check_name(leaf, name)
+        key: Any = leaf.public_key()
+        key.verify(signature, signed_bytes, *_signature_scheme(key))
         return float(min(certificate.not_valid_after_utc.timestamp() for certificate in path))
 
     def _verified_path(self, leaf: Any, others: list[Any], is_client: bool) -> list[Any]:

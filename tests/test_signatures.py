@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from random import Random
@@ -30,6 +31,7 @@ from crypto import (
     BIT_STRING,
     CERTIFICATE,
     OBJECT_IDENTIFIER,
+    OCTET_STRING,
     PUBLIC_KEY,
     KeyFileError,
     PeerKeyError,
@@ -347,6 +349,38 @@ def test_an_authority_knows_what_it_was_made_of() -> None:
         assert Authority(content).content == content
 
 
+def test_an_authority_with_a_key_that_cannot_sign_has_issued_nothing() -> None:
+    """It may stand in the file of those that are trusted, and go by the name of another."""
+    parts = from_der(ANCHOR.public_bytes(Encoding.DER))
+    parts[0][6] = from_der(OTHER_KEYS["X25519"]())
+    odd = reference.pem("CERTIFICATE", mutants.issued_anew(to_der(parts), COURSE))
+    Authority(odd + pem(ANCHOR)).verify(below(1), NETID, NETID)
+    with pytest.raises(PeerKeyError, match="from an unknown authority"):
+        Authority(odd).verify(below(1), NETID, NETID)
+
+
+def test_no_certificate_makes_the_library_warn() -> None:
+    """A warning would be lines on standard error, at somebody else's wish."""
+    key = p256()
+    parts = from_der(COURSE.issue(key.public_key(), *ALICE).public_bytes(Encoding.DER))
+    [identifier, _], *others = from_der(parts[0][-1][1])  # of the authority's key
+    numbered = to_der([(0x80, b"key"), (0xA1, to_der((0x82, b"name"))), (0x82, b"\0")])
+    extensions = to_der([[identifier, (OCTET_STRING, numbered)], *others])
+    parts[0][1], parts[0][-1] = 0, (0xA3, extensions)
+    leaf = mutants.issued_anew(to_der(parts), COURSE)
+    payload = reference.bundle(
+        NETID, issuing.x25519_public_key(), key, reference.pem("CERTIFICATE", leaf)
+    )
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        _ = x509.load_der_x509_certificate(leaf).extensions
+        assert len(warned) == 2  # of both serial numbers
+        warned.clear()
+        with contextlib.suppress(PeerKeyError):
+            prove(payload)
+    assert not warned
+
+
 # --- what a stranger's message costs -----------------------------------------------------------
 
 
@@ -420,7 +454,7 @@ def test_what_mutants_are_made_of_is_accepted() -> None:
         mutants.AUTHORITY.verify(payload, NETID, NETID, request)
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.sampled_from(SEEDS), st.integers(0, 2**64))
 def test_a_certificate_changed_anywhere_proves_the_name_or_is_a_peer_key_error(
     seed: bytes, number: int

@@ -65,7 +65,8 @@ broker:
   -h, --host HOST        name or address (default: localhost)
   -p, --port PORT        TCP port (default: 1884, with TLS 8883)
   -i, --id ID            MQTT client ID (default: NETID, as the lab wants it;
-                         for a responder a random one)
+                         with --cert or --username NETID, a hyphen and 16
+                         random digits; for a responder a random one)
   --local                run a broker for this command, and for a request a
                          responder, too (needs the package amqtt)
 
@@ -87,6 +88,8 @@ security of the connection (each of the first five turns TLS on):
                          MQTT_PASSWORD in the environment)
 
 other:
+  --config FILE          read options from this file, too, one a line, without
+                         quotes, # for comments; the command line wins
   -v, --verbose          say on stderr what happens; never a key or a text
   --help                 print this help, as does -h alone
   --version              print the version

@@ -15,6 +15,7 @@ faults         why there is no connection to the broker
 connection     the connection to the broker: the only user of paho
 suites         how two ends agree on keys, and how they encrypt with them
 hints          what was probably meant, where the command line is wrong
+config         the file that --config names
 command_line   what may be in the command line, and what it means
 signatures     signed exchanges: who signs, and whose signatures count
 exchange       the client's side of one key exchange

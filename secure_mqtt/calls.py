@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from crypto import MAX_KEY_FILE_SIZE, CryptoError
-from secure_mqtt.actions import KEY_EXCHANGE, REQUEST, RESPONSE
+from secure_mqtt.actions import KEY_EXCHANGE, MAX_TEXT, REQUEST, RESPONSE
 from secure_mqtt.connection import Connection, Message
 from secure_mqtt.errors import ProgramError, UnusableError
 from secure_mqtt.exchange import Exchange
@@ -131,8 +131,14 @@ def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
             " an access rule of the broker may also drop messages without a word, or the responder"
             f" demand an --identity{others}",
         )
+    problem = f"no response came on {topic} {within}"
+    if mqtt.outbox.largest_taken > SUITES[settings.suite].sealed_size(MAX_TEXT):
+        return ProgramError(
+            f"{problem} to a message of {mqtt.outbox.largest_taken} bytes",
+            "a responder of this program takes texts of at most 1 MiB (1048576 bytes): send parts",
+        )
     return ProgramError(
-        f"no response came on {topic} {within}",
+        problem,
         "the responder may have ended or not know this action (see its log), the message may be"
         " too large for the broker, or an access rule may drop it",
     )

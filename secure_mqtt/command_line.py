@@ -8,12 +8,13 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
 from secure_mqtt.actions import ACTIONS, NETID
 from secure_mqtt.errors import UsageError
 from secure_mqtt.log import PROGRAM
-from secure_mqtt.settings import Settings, random_id, read_file
+from secure_mqtt.settings import Settings, client_id, read_file
 from secure_mqtt.streams import is_utf8, write_output
 from secure_mqtt.suites import SUITES
 from secure_mqtt.tls import tls_context
@@ -80,6 +81,7 @@ def build_parser(help_text: str, version: str) -> Parser:
     add("--status-topic", type=checked(str, is_topic, "a topic without + and #"))
     for option in ("--respond", "--local", "--lines", "--tls", "--insecure"):
         add(option, action="store_true")
+    add("--config", type=checked(str, bool, "a file's name"), action="append")
     add("-v", "--verbose", action="store_true")
     add("--help", action="help")
     add("--version", action="version", version=f"{PROGRAM} {version}")
@@ -161,12 +163,19 @@ def parse_settings(arguments: list[str], help_text: str, version: str) -> Settin
 
 
 def parse(parser: Parser, arguments: list[str]) -> tuple[Settings, list[str]]:
-    """Return what the options say, and the arguments that are none."""
+    """Return what the options say, also those in files, and the arguments that are none."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     for text in arguments[:end]:
         if re.match(r"-[A-Za-z][^=]*\s", text):  # Python 3.13.0 would take such a MESSAGE apart
             raise UsageError("an argument that begins with a dash is an option; put -- before it")
     settings = parse_options(parser, arguments[:end])
+    if settings.config:
+        from secure_mqtt.config import read_config
+
+        check = partial(parse_options, parser)
+        files = [read_config(name, parser.options, check) for name in settings.config]
+        # What comes later wins: the command line.
+        settings = parse_options(parser, [*chain(*files), *arguments[:end]])
     return settings, settings.words + arguments[end + 1 :]
 
 
@@ -259,10 +268,10 @@ def fill_in(settings: Settings) -> None:
     settings.suite = settings.suite or "dh4096"
     settings.host = settings.host or "localhost"
     settings.port = settings.port or (DEFAULT_TLS_PORT if settings.uses_tls else DEFAULT_PORT)
-    settings.id = settings.id or (random_id() if settings.respond else settings.netid)
     settings.peer_name = settings.peer_name or "responder"
     settings.username = settings.username or os.environ.get("MQTT_USERNAME", "")
     settings.password = password(settings)
+    settings.id = settings.id or client_id(settings)
 
 
 def password(settings: Settings) -> bytes | None:

@@ -9,11 +9,18 @@ from functools import partial
 from typing import Any
 
 from crypto import MAX_KEY_FILE_SIZE, CryptoError, TokenError, token_size
-from secure_mqtt.actions import KEY_EXCHANGE, NETID, REQUEST, RESPONSE, TRANSFORMATIONS
+from secure_mqtt.actions import (
+    KEY_EXCHANGE,
+    MAX_TEXT,
+    NETID,
+    REQUEST,
+    RESPONSE,
+    TRANSFORMATIONS,
+)
 from secure_mqtt.chores import Answer, Credentials, Reply, answer_exchange, seal_answer
 from secure_mqtt.connection import Message
 from secure_mqtt.errors import UnusableError
-from secure_mqtt.keyring import MAX_TEXT, Key, Keyring
+from secure_mqtt.keyring import Key, Keyring
 from secure_mqtt.pool import Pool
 from secure_mqtt.powers import Powers
 from secure_mqtt.replays import Replays

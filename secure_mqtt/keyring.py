@@ -8,6 +8,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from crypto import TokenError
+from secure_mqtt.actions import MAX_TEXT
 from secure_mqtt.errors import UnusableError
 from secure_mqtt.suites import Cipher, LabResponder
 
@@ -23,8 +24,6 @@ TOKEN_END = slice(-20, -4)
 TOKEN_SIZE = 16  # bytes
 MAX_TOKENS = 200  # of a key: the requests until our client renews it, and the responses
 MAX_TOKEN_BYTES = 2**25  # of all keys
-
-MAX_TEXT = 2**20  # bytes of a text that is opened
 
 
 class Key:

@@ -95,11 +95,12 @@ class Responder:
         return self._end
 
     def _serve(self, mqtt: Connection, status: Status) -> None:
-        mqtt.subscribe(REQUEST.format(self._settings.netid or "+", "+"))
+        topic = REQUEST.format(self._settings.netid or "+", "+")
+        mqtt.subscribe(topic)
         mqtt.stage = "requests"
         self._desk.publish = partial(self._publish, mqtt)
         self._is_connected = True
-        event("ready", netid=self._settings.netid or "+")
+        event("ready", topic=topic)
         self._on_ready()
         sweep_at = time.monotonic()
         while not self._is_stopped:

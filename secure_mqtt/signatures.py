@@ -95,10 +95,14 @@ class Identity:
 
 
 class Authority:
-    """Whose certificates a peer can prove itself with."""
+    """Whose certificates a peer can prove itself with.
+
+    Its content is the file as it was read, to compare with another.
+    """
 
     def __init__(self, pem: bytes) -> None:
         """Read the authorities' own certificates (PEM). KeyFileError if there is none."""
+        self.content = pem
         try:
             self._anchors = x509.load_pem_x509_certificates(pem)
             self._policy = PolicyBuilder().store(Store(self._anchors))
@@ -110,6 +114,8 @@ class Authority:
 
         :param payload: that message, whole
         :param name: the DNS name that the signer's certificate must have
+        :return: until when that holds, in seconds since 1970: the end of the first certificate that
+            ends of those between the signer and our authority, its own included
         :raises PeerKeyError: it was not signed by that name's owner for this exchange
         """
         if len(payload) > MAX_EXCHANGE_SIZE:
@@ -120,12 +126,11 @@ class Authority:
             with warnings.catch_warnings():  # of a serial number below 1, which is refused below
                 warnings.simplefilter("ignore")
                 leaf, *others = _read_chain(chain)
-            self._check_chain(leaf, others, is_client=request is None)
+            path = self._verified_path(leaf, others, is_client=request is None)
             _check_purpose(leaf, is_client=request is None)
             _check_name(leaf, name)
             key: Any = leaf.public_key()
             key.verify(signature, signed_bytes, *_signature_scheme(key))
-            return float("inf")
         except exceptions.InvalidSignature:
             raise PeerKeyError("its signature does not match") from None
         except PeerKeyError:
@@ -134,15 +139,17 @@ class Authority:
             raise PeerKeyError(
                 "its signature or certificate is malformed, or of another kind"
             ) from None
+        return float(min(certificate.not_valid_after_utc.timestamp() for certificate in path))
 
-    def _check_chain(self, leaf: Any, others: list[Any], is_client: bool) -> None:
+    def _verified_path(self, leaf: Any, others: list[Any], is_client: bool) -> list[Any]:
+        """Return the certificates from a leaf to an anchor, which are all valid now."""
         issuers = self._issuers_among(others)
         try:
             if is_client:
-                self._policy.build_client_verifier().verify(leaf, issuers)
-            else:  # the library wants a name; the leaf's own will do, since ours is compared later
-                [name, *_] = *_dns_names(leaf), "none"
-                self._policy.build_server_verifier(x509.DNSName(name)).verify(leaf, issuers)
+                return self._policy.build_client_verifier().verify(leaf, issuers).chain
+            # The library wants a name. The leaf's own will do, since ours is compared later.
+            [name, *_] = *_dns_names(leaf), "none"
+            return self._policy.build_server_verifier(x509.DNSName(name)).verify(leaf, issuers)
         except VerificationError as error:
             # After that comes the subject of a certificate, which a stranger chose.
             reason = str(error).partition(" (encountered")[0]

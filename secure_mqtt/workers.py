@@ -47,6 +47,10 @@ class Worker:
         else:
             theirs.close()
 
+    def __del__(self) -> None:
+        """Let the child end."""
+        self._socket.close()
+
     def send(self, method: str, *arguments: Any) -> None:
         """Let the object do something. One thing at a time. WorkerError if the child was ended."""
         try:

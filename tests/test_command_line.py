@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import broker_side
 import pytest
 from conftest import PROGRAM, SAFETY, Mosquitto, Run, copy_program, error_lines, run
 
@@ -20,6 +21,7 @@ from secure_mqtt.actions import ACTIONS
 from secure_mqtt.command_line import build_parser
 from secure_mqtt.errors import UsageError
 
+certificates = broker_side.certificates
 REQUEST = ("le0nh4rt", "uppercase", "text")
 
 
@@ -342,6 +344,30 @@ def test_the_defaults_are_the_labs() -> None:
 def test_a_dash_alone_means_standard_input_even_after_two() -> None:
     for arguments in ["x", "reverse", "-"], ["x", "reverse", "--", "-"]:
         assert program.settings_from(arguments).message is None
+
+
+@pytest.mark.parametrize("options", [[], ["--cafile=ca.crt"], ["--tls"], ["--identity=x"]])
+def test_the_client_id_is_the_netid_as_the_lab_wants_it(
+    options: list[str], certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(certificates)
+    assert program.settings_from([*options, *REQUEST]).id == "le0nh4rt"
+
+
+@pytest.mark.parametrize(
+    ("options", "username"),
+    [(["--cert=alice.crt", "--key=alice.key"], ""), (["-ualice"], ""), ([], "alice")],
+    ids=["a certificate", "a user name", "a user name in the environment"],
+)
+def test_where_a_broker_knows_its_clients_nobody_can_guess_a_client_id(
+    options: list[str], username: str, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(certificates)
+    monkeypatch.setenv("MQTT_USERNAME", username)
+    ids = {program.settings_from([*options, *REQUEST]).id for _ in range(20)}
+    assert len(ids) == 20
+    assert all(re.fullmatch("le0nh4rt-[0-9a-f]{16}", each) for each in ids)
+    assert program.settings_from([*options, "--id=me", *REQUEST]).id == "me"
 
 
 def test_a_responder_has_a_client_id_of_its_own() -> None:

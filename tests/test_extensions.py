@@ -320,8 +320,7 @@ SAYS = {  # what is wrong with a bundle, and what is said of it
     "unknown authority": "from an unknown authority$",
     "expired": "has expired, or is not valid yet$",
     "usage": "for another purpose$|not for signatures$",
-    "too much": "^signed with more than 3 certificates, or one of more than 8 KiB$"
-    "|of another kind$",
+    "too much": "more than 3 certificates, or one of more than 8 KiB$|of another kind$",
     "name": "^signed by '.*', expected '.*'$|^signed with a certificate (without a name|that is not"
     " valid)$|malformed, or of another kind$",
     "key type": "malformed, or of another kind$",

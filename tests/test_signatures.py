@@ -41,6 +41,7 @@ from secure_mqtt.signatures import SIGNATURE, Authority, Identity
 COURSE = Issuer(p256(), issuing.common_name("course CA"))
 LOWER = Issuer(p256(), issuing.common_name("lower CA"))
 LOWEST = Issuer(p256(), issuing.common_name("lowest CA"))
+STRANGER = Issuer(p256(), issuing.common_name("stranger"))
 ANCHOR = COURSE.certify(COURSE)
 AUTHORITY = Authority(pem(ANCHOR))
 
@@ -284,9 +285,33 @@ def test_a_certificate_proves_only_what_it_is_for(what: str) -> None:
             reference.verify_bundle(payload, NETID, NETID, [ANCHOR], request)
 
 
-# --- what a stranger's message costs -----------------------------------------------------------
+# --- how long it holds -------------------------------------------------------------------------
 
-STRANGER = Issuer(p256(), issuing.common_name("stranger"))
+
+@pytest.mark.parametrize("request_", [None, b"message 1"], ids=["of a client", "of a responder"])
+@pytest.mark.parametrize("first", ["the leaf", "the authority below", "the authority", "another"])
+def test_what_is_proved_holds_until_the_first_certificate_ends_that_it_rests_on(
+    first: str, request_: bytes | None
+) -> None:
+    """Not one that came along without need, which may even have ended."""
+    early, late = issuing.NOW + issuing.HOUR, issuing.NOW + 2 * issuing.HOUR
+    ends = {"the leaf": late, "the authority below": late, "the authority": late, first: early}
+    anchor = COURSE.certify(COURSE, ends["the authority"])
+    above = COURSE.certify(LOWER, ends["the authority below"])
+    another = STRANGER.certify(LOWER, issuing.NOW - issuing.HOUR / 2)
+    key = p256()
+    leaf = LOWER.issue(key.public_key(), *ALICE, ends=ends["the leaf"])
+    payload = signed(key, leaf, another, above, request=request_)
+    end = Authority(pem(anchor)).verify(payload, NETID, NETID, request_)
+    assert end == (late if first == "another" else early).timestamp()
+
+
+def test_an_authority_knows_what_it_was_made_of() -> None:
+    for content in pem(ANCHOR), pem(ANCHOR) + b"text", pem(ANCHOR, LOWER.certify(LOWER)):
+        assert Authority(content).content == content
+
+
+# --- what a stranger's message costs -----------------------------------------------------------
 
 
 def of_one_key(key: Any, count: int, name: x509.Name = STRANGER.name) -> bytes:

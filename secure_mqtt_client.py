@@ -34,7 +34,7 @@ from secure_mqtt.streams import is_utf8, read_message, say, write_output
 from secure_mqtt.suites import SUITES, UnavailableError
 from secure_mqtt.workers import Worker, WorkerError, supervise
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 
 HELP = """\
 usage: secure_mqtt_client.py [options] NETID ACTION MESSAGE

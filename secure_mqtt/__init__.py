@@ -13,6 +13,7 @@ streams        standard input, output and error
 lines          the lines of a session: read, sent and answered
 tls            TLS with the broker
 faults         why there is no connection to the broker
+mailboxes      what has come over a connection and is not handled yet, and what has gone
 connection     the connection to the broker: the only user of paho
 suites         how two ends agree on keys, and how they encrypt with them
 hints          what was probably meant, where the command line is wrong
@@ -30,8 +31,12 @@ replays        which signed key exchanges were here before
 chores         what takes a responder long, so that its workers do it
 pool           who of a responder's workers is idle, and who has whose result
 powers         powers in the lab's group: made ahead, or when somebody waits for them
+labour         messages wait for their NetID's turn, and NetIDs for a worker
 reports        what a responder says of its work: its log, and its counts
-desk           where a responder answers exchanges and requests
+replies        what a responder says to a message: an answer, or nothing
+exchanges      how a responder answers key exchanges
+requests       how a responder answers requests
+desk           where a responder takes messages in, and answers them in turn
 status         the status that a responder publishes
 size_limit     how large an answer may be for a broker
 responder      the other end: it stays connected

@@ -7,11 +7,12 @@ from typing import TypeVar
 
 from crypto import MAX_KEY_FILE_SIZE, CryptoError
 from secure_mqtt.actions import KEY_EXCHANGE, MAX_TEXT, REQUEST, RESPONSE
-from secure_mqtt.connection import Connection, Message
+from secure_mqtt.connection import Connection
 from secure_mqtt.errors import ProgramError, UnusableError
 from secure_mqtt.exchange import Exchange
 from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, silence
 from secure_mqtt.log import PROGRAM, log
+from secure_mqtt.mailboxes import Message
 from secure_mqtt.settings import Settings
 from secure_mqtt.suites import LAB, SUITES
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 
 from secure_mqtt.errors import ProgramError
 from secure_mqtt.settings import Settings
@@ -41,6 +42,15 @@ def login_hint(settings: Settings) -> str:
     if settings.cert:
         return f"it may want {login}, or not admit the name in --cert"
     return f"it may want {login}, or --cert and --key"
+
+
+def refused_topics(settings: Settings, topics: Sequence[str]) -> ProgramError:
+    """Return the error for a SUBACK that says no to some topics."""
+    return ProgramError(
+        f"the broker on {settings.broker} refuses the subscription to {' and '.join(topics)}",
+        "its access rules may not allow this NETID",
+        is_final=True,
+    )
 
 
 def explain(error: Exception, stage: str, settings: Settings, size: int = 0) -> ProgramError:

@@ -24,6 +24,11 @@ class Powers:
         self._ordered = 0  # key pairs that are being made
         self._unhurried: deque[Key] = deque(maxlen=MAX_UNHURRIED)  # newest last
 
+    @property
+    def has_key_pair(self) -> bool:
+        """Whether there is a key pair that no exchange has used."""
+        return bool(self._key_pairs)
+
     def take_key_pair(self) -> DhKeyPair | None:
         """Return a key pair that no exchange has used, if there is one."""
         return self._key_pairs.popleft() if self._key_pairs else None

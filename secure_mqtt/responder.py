@@ -45,7 +45,7 @@ class Responder:
         self._on_ready = on_ready
         self._reports = Reports()
         self._desk = Desk(settings.netid, self._reports)
-        self._desk.use(credentials)
+        self._desk.exchanges.use(credentials)
         self._limit = SizeLimit()
         self._stopping, self._stop = socket.socketpair()
         self._is_stopped = self._is_connected = False
@@ -61,7 +61,7 @@ class Responder:
         while not self._is_stopped:
             mqtt = None
             try:
-                self._desk.use(Credentials(*peer_files(self._settings)))
+                self._desk.exchanges.use(Credentials(*peer_files(self._settings)))
                 status = Status(self._settings.status_topic, self._reports, self._desk.keyring)
                 mqtt = Connection(self._settings, status.will)
                 with mqtt:
@@ -98,7 +98,7 @@ class Responder:
         topic = REQUEST.format(self._settings.netid or "+", "+")
         mqtt.subscribe(topic)
         mqtt.stage = "requests"
-        self._desk.publish = partial(self._publish, mqtt)
+        self._desk.replies.publish = partial(self._publish, mqtt)
         self._is_connected = True
         event("ready", topic=topic)
         self._on_ready()
@@ -110,7 +110,7 @@ class Responder:
                 self._reports.sum_up(sweep_at)
                 status.publish_when_due(mqtt)
             self._go_on(mqtt, self._stopping)
-        while self._desk.is_busy:
+        while self._desk.labour.is_busy:
             self._go_on(mqtt)
         status.publish_end(mqtt)
         mqtt.flush()
@@ -118,7 +118,7 @@ class Responder:
     def _go_on(self, mqtt: Connection, *others: Any) -> None:
         """Do what there is to do now, or comes in the next moment."""
         has_more = self._desk.work(time.monotonic() + WORK_TIME)
-        for ready in mqtt.wait([*self._desk.pool.workers, *others], is_busy=has_more):
+        for ready in mqtt.wait([*self._desk.labour.pool.workers, *others], is_busy=has_more):
             if ready not in others:
                 self._desk.take_result(ready)
         while mqtt.inbox:

@@ -21,12 +21,13 @@ from secure_mqtt.calls import (
     timed_out,
     topics,
 )
-from secure_mqtt.connection import Connection, Message, backoff
+from secure_mqtt.connection import Connection, backoff
 from secure_mqtt.errors import ProgramError, UnusableError
 from secure_mqtt.exchange import Channel, Exchange
 from secure_mqtt.faults import CONNACK, CONNECTING, LARGE_MESSAGE, SUBACK
 from secure_mqtt.lines import InputLines, Window
 from secure_mqtt.log import log
+from secure_mqtt.mailboxes import Message
 from secure_mqtt.settings import Settings
 from secure_mqtt.streams import write_output
 from secure_mqtt.suites import SUITES
@@ -131,14 +132,16 @@ class SessionKey:
         """
         if not self._channels:
             raise TokenError("not encrypted with our key")
-        for channel in self._channels[:-1]:
+        *others, channel = self._channels
+        for other in others:
             with contextlib.suppress(TokenError):
-                return self._open(channel, topic, message)
-        return self._open(self._channels[-1], topic, message)
+                return self._settle(other, other.open(topic, message))
+        return self._settle(channel, channel.open(topic, message))
 
-    def _open(self, channel: Channel, topic: str, message: bytes) -> tuple[int, bytes]:
-        answer = channel.open(topic, message)
-        self._exchange, self._channels = None, [channel]  # there is no doubt any more
+    def _settle(self, channel: Channel, answer: tuple[int, bytes]) -> tuple[int, bytes]:
+        """Return the answer, and use no other key than that which has opened it any more."""
+        if self._exchange:
+            self._exchange, self._channels = None, [channel]
         return answer
 
 
@@ -183,6 +186,7 @@ class Dialogue:
         """Begin to read standard input."""
         self._settings = settings
         self._pace = pace = pace_of(settings.suite)
+        self._asking, self._answering = topics(settings)
         self._mqtt: Connection
         self._key = SessionKey(new_exchange, settings.rekey or float("inf"), pace.max_requests)
         self._input = InputLines()
@@ -249,18 +253,16 @@ class Dialogue:
         self.patience.note_try()
 
     def _send(self) -> None:
-        topic, _ = topics(self._settings)
         for number, line in self.window.send():
-            message = self._key.seal(topic, number, line)
-            self._mqtt.publish(topic, message)
+            message = self._key.seal(self._asking, number, line)
+            self._mqtt.publish(self._asking, message)
             if self._settings.verbose:
                 content = f"line {number}, encrypted"
                 log_message(self._settings, REQUEST_SENT, len(message), content)
 
     def _take(self, message: Message) -> None:
         """Take what is a key, or an answer."""
-        _, topic = topics(self._settings)
-        is_answer = message.topic == topic
+        is_answer = message.topic == self._answering
         if not is_answer and message.topic != RESPONSE.format(self._settings.netid, KEY_EXCHANGE):
             return
         try:

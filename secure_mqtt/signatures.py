@@ -28,6 +28,7 @@ SIGNATURE = b"SECURE MQTT SIGNATURE"  # a PEM label
 REQUEST_LABEL = b"secure-mqtt/1 key-exchange request"
 RESPONSE_LABEL = b"secure-mqtt/1 key-exchange response"
 PSS_SALT_SIZE = 32  # bytes
+MAX_SHOWN, MAX_SHOWN_SIZE = 3, 200  # names in an error, and characters of them
 # Work with a key of RSA grows with the length of its numbers; public exponents are 65537 mostly.
 RSA_SIZES, MAX_RSA_EXPONENT_SIZE = range(2048, 4096 + 1), 32  # bits
 # Others are not even read: one of Diffie-Hellman takes the library seconds.
@@ -118,27 +119,33 @@ class Authority:
             ends of those between the signer and our authority, its own included
         :raises PeerKeyError: it was not signed by that name's owner for this exchange
         """
-        if len(payload) > MAX_EXCHANGE_SIZE:
-            raise PeerKeyError("larger than any signed key exchange")
-        signed_bytes = _signed_bytes(payload, netid, request)
         try:
-            *chain, signature = _signature_blocks(payload)
-            with warnings.catch_warnings():  # of a serial number below 1, which is refused below
+            with (
+                warnings.catch_warnings()
+            ):  # of what is refused anyhow, like a serial number below 1
                 warnings.simplefilter("ignore")
-                leaf, *others = _read_chain(chain)
-            path = self._verified_path(leaf, others, is_client=request is None)
-            _check_purpose(leaf, is_client=request is None)
-            _check_name(leaf, name)
-            key: Any = leaf.public_key()
-            key.verify(signature, signed_bytes, *_signature_scheme(key))
+                return self._verify(payload, netid, name, request)
         except exceptions.InvalidSignature:
             raise PeerKeyError("its signature does not match") from None
         except PeerKeyError:
             raise
-        except CERTIFICATE_ERRORS:
+        except Exception:  # the library does not say all that it raises for what a stranger sends
             raise PeerKeyError(
                 "its signature or certificate is malformed, or of another kind"
             ) from None
+
+    def _verify(self, payload: bytes, netid: str, name: str, request: bytes | None) -> float:
+        if len(payload) > MAX_EXCHANGE_SIZE:
+            raise PeerKeyError("larger than any signed key exchange")
+        is_client = request is None
+        signed_bytes = _signed_bytes(payload, netid, request)
+        *chain, signature = _signature_blocks(payload)
+        leaf, *others = _read_chain(chain)
+        path = self._verified_path(leaf, others, is_client)
+        _check_purpose(leaf, is_client)
+        _check_name(leaf, name)
+        key: Any = leaf.public_key()
+        key.verify(signature, signed_bytes, *_signature_scheme(key))
         return float(min(certificate.not_valid_after_utc.timestamp() for certificate in path))
 
     def _verified_path(self, leaf: Any, others: list[Any], is_client: bool) -> list[Any]:
@@ -219,7 +226,9 @@ def _check_purpose(leaf: Any, is_client: bool) -> None:
 def _check_name(leaf: Any, name: str) -> None:
     names = _dns_names(leaf)
     if name not in names:
-        raise PeerKeyError(f"signed by {', '.join(names)!r}, expected {name!r}")
+        shown = ", ".join(names[:MAX_SHOWN])[:MAX_SHOWN_SIZE]
+        more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+        raise PeerKeyError(f"signed by {shown!r}{more}, expected {name[:MAX_SHOWN_SIZE]!r}")
 
 
 def _dns_names(certificate: Any) -> list[str]:

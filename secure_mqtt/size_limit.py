@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from secure_mqtt.connection import Outbox
 from secure_mqtt.errors import UnusableError
+from secure_mqtt.mailboxes import Outbox
 
 MIN_LIMIT = 1024  # bytes: a broker that takes less is of no use, and other reasons are likelier
 LIFETIME = 600.0  # seconds after which it is tried again: the connection may have ended by chance

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import timeit
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -820,22 +820,20 @@ class ExchangeLoad(BareClient):
 
         :param messages: each a NetID, or what stands in its place, and a payload
         """
-        self._next = next(messages)
-        everybody = "/".join([*self._next[0].split("/")[:-1], "+"])
+        first = next(messages)
+        everybody = "/".join([*first[0].split("/")[:-1], "+"])
         super().__init__(port, f"load-{name}", RESPONSE.format(everybody, KEY_EXCHANGE))
-        self._messages = messages
+        self._messages = itertools.chain([first], messages)
 
     def run(self, count: int) -> tuple[float, list[bytes]]:
         """Return the responses to so many publications, after the rate per second."""
+        messages = deque(itertools.islice(self._messages, count))  # to make them may take time
         responses: list[bytes] = []
-        sent = began_with = 0
-        began = 0.0
+        began_with, began = 0, 0.0
         while len(responses) < count:
-            while sent < min(count, len(responses) + self.WINDOW):
-                sent += 1
-                netid, payload = self._next
+            while messages and count - len(messages) < len(responses) + self.WINDOW:
+                netid, payload = messages.popleft()
                 self.publish(REQUEST.format(netid, KEY_EXCHANGE), payload)
-                self._next = next(self._messages)
             responses += [payload for _, payload in self.receive()]
             if not began and len(responses) >= SKIPPED:
                 began_with, began = len(responses), time.perf_counter()
@@ -849,14 +847,13 @@ def by_everybody(prefix: str, payload: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def by_signers(certificates: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield a signed payload of each of some signers, one after the other, again and again."""
-    blocks, messages = SUITES[HYBRID].client().blocks, []
-    for number in range(ExchangeLoad.WINDOW):
-        name = f"signer{number}"
+    """Yield messages with new keys of some signers, one after the other, again and again."""
+    names = [f"signer{number}" for number in range(ExchangeLoad.WINDOW)]
+    for name in names:
         issue(certificates, name, names=(name,))
-        signer = Identity(identity(certificates, name).read_bytes())
-        messages.append((name, signer.sign(blocks, name)))
-    return itertools.cycle(messages)
+    signers = [Identity(identity(certificates, name).read_bytes()) for name in names]
+    for name, signer in itertools.cycle(zip(names, signers, strict=True)):
+        yield name, signer.sign(SUITES[HYBRID].client().blocks, name)
 
 
 def measure_exchanges(broker: Mosquitto, folder: Path) -> None:
@@ -887,7 +884,7 @@ def exchange_row(
     env: dict[str, str],
     *options: str,
 ) -> tuple[str, ...]:
-    """Measure the exchanges of one kind, all with one key pair, in turn with echoes."""
+    """Measure the exchanges of one kind in turn with echoes."""
     ours, theirs = [], []
     _, payload = next(messages)
     kind_of_answer = suite_and_labels(SUITES[kind.partition(",")[0]].responder(payload).blocks)

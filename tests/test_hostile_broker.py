@@ -89,7 +89,7 @@ from crypto import (
     to_der,
     to_pem,
 )
-from secure_mqtt import connection as connection_module
+from secure_mqtt import mailboxes
 from secure_mqtt.actions import ACTIONS
 from secure_mqtt.connection import MAX_IN_FLIGHT, Connection
 from secure_mqtt.errors import ProgramError
@@ -1054,7 +1054,7 @@ def test_no_more_is_published_than_a_broker_acknowledges_in_time(
         first = wire.receive()
         wire.send(packet(PUBACK, first.mid))
 
-    monkeypatch.setattr(connection_module, "MAX_BYTES", 1000)
+    monkeypatch.setattr(mailboxes, "MAX_BYTES", 1000)
     with listening(serve) as port:
         settings = program.settings_from(["-h", "127.0.0.1", "-p", str(port), *REQUEST])
         connection = Connection(settings)

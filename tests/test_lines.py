@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,7 +48,7 @@ from hostile import (
 )
 
 import crypto
-from secure_mqtt.session import NUMBERED, pace_of
+from secure_mqtt.session import MAX_KEYS, NUMBERED, pace_of
 from secure_mqtt.suites import SUITES, Transcript, suite_of
 
 Connect = Callable[..., Peer]
@@ -275,6 +276,28 @@ def test_a_reader_that_pauses_longer_than_the_timeout_ends_nothing(
         assert running.stdout.readline() == upper(lines[:1])
         threading.Event().wait(4)  # the pause is what is tested
         assert succeeded(running.finish(), upper(lines[1:]))
+
+
+@each_suite
+@pytest.mark.usefixtures("responder")
+def test_each_message_of_a_session_is_told_of_if_asked(
+    broker: Mosquitto, netid: str, suite: str
+) -> None:
+    result = session(broker.port, netid, b"one\nsecret\n", "-v", "--suite", suite)
+    assert (result.stdout, result.returncode) == (b"ONE\nSECRET\n", 0)
+    told = [line.partition(" ms: ")[2] for line in error_lines(result).splitlines()]
+    encryption = SUITES[suite].encryption
+    for direction, what, content in [
+        ("1 →", "key-exchange/request", f"our public key ({suite})"),
+        ("2 ←", "key-exchange/response", f"the responder's public key ({suite})"),
+        ("3 →", "uppercase/request", f"line 1, encrypted ({encryption})"),
+        ("3 →", "uppercase/request", f"line 2, encrypted ({encryption})"),
+        ("4 ←", "uppercase/response", f"the answer to line 1, encrypted ({encryption})"),
+        ("4 ←", "uppercase/response", f"the answer to line 2, encrypted ({encryption})"),
+    ]:
+        message = rf"{direction} {netid}/{what}, \d+ bytes: {re.escape(content)}"
+        assert sum(bool(re.fullmatch(message, line)) for line in told) == 1, message
+    assert "secret" not in error_lines(result).lower()
 
 
 def test_a_local_session_needs_no_other_services(netid: str) -> None:
@@ -619,6 +642,23 @@ def test_sessions_that_share_a_netid_each_find_their_key(
 
     names = [f"{netid}-{number}" for number in range(4)]
     all_at_once({name: partial(attempt, name) for name in names})
+
+
+@each_suite
+def test_a_flood_of_keys_makes_a_session_try_a_few(
+    own_broker: Mosquitto, netid: str, peer: Connect, suite: str
+) -> None:
+    flooder = peer(own_broker.port, f"{netid}/+/request")
+    with live(*arguments(own_broker.port, netid, "--suite", suite, "-W", "12")) as running:
+        running.write(b"line\n")
+        request = flooder.receive(f"{netid}/key-exchange/request")
+        for _ in range(2 * MAX_KEYS):
+            key = suite_of(request).responder(request).blocks
+            flooder.publish(f"{netid}/key-exchange/response", key)
+            flooder.publish(f"{netid}/key-exchange/response", key)  # which is not tried again
+        tokens = [flooder.receive(f"{netid}/uppercase/request") for _ in range(MAX_KEYS)]
+        assert len(set(tokens)) == MAX_KEYS
+        flooder.receive(f"{netid}/key-exchange/request")  # it makes another exchange instead
 
 
 # --- keys are renewed --------------------------------------------------------------------------

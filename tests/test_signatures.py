@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from random import Random
 from typing import Any
 
 import issuing
+import mutants
 import pytest
 import reference
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa, x448, x25519
-from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -21,12 +23,15 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from issuing import ALICE, NETID, Issuer, odd_rsa, p256, p384, pem, signed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from issuing import ALICE, NETID, PURPOSES, Issuer, odd_rsa, p256, p384, pem, signed
 
 from crypto import (
     BIT_STRING,
     CERTIFICATE,
     OBJECT_IDENTIFIER,
+    OCTET_STRING,
     PUBLIC_KEY,
     KeyFileError,
     PeerKeyError,
@@ -191,11 +196,9 @@ def spki(public_key: Any) -> bytes:
 def certified(public_key: bytes, issuer: Issuer = COURSE) -> bytes:
     """Return message 1 with a certificate for any SubjectPublicKeyInfo (DER)."""
     key = p256()
-    leaf = issuer.issue(key.public_key(), *ALICE).public_bytes(Encoding.DER)
-    content, algorithm, _ = from_der(leaf)
-    content[6] = from_der(public_key)
-    signature = b"\0" + issuer.key.sign(to_der(content), ec.ECDSA(SHA256()))
-    leaf = to_der([content, algorithm, (BIT_STRING, signature)])
+    parts = from_der(issuer.issue(key.public_key(), *ALICE).public_bytes(Encoding.DER))
+    parts[0][6] = from_der(public_key)
+    leaf = mutants.issued_anew(to_der(parts), issuer)
     der = issuing.x25519_public_key()
     return reference.bundle(NETID, der, key, reference.pem("CERTIFICATE", leaf))
 
@@ -285,6 +288,41 @@ def test_a_certificate_proves_only_what_it_is_for(what: str) -> None:
             reference.verify_bundle(payload, NETID, NETID, [ANCHOR], request)
 
 
+# --- whose it is -------------------------------------------------------------------------------
+
+NAMES: dict[str, tuple[list[str], str]] = {
+    "one": (["bob"], "signed by 'bob', expected 'le0nh4rt'"),
+    "three": (["a", "b", "c"], "signed by 'a, b, c', expected 'le0nh4rt'"),
+    "500": ([f"n{n}" for n in range(500)], "signed by 'n0, n1, n2' and 497 more, expected"),
+    "a long one": (["x" * 5000], f"signed by '{'x' * 200}', expected 'le0nh4rt'"),
+    "one that writes to a terminal": (["\x1b[2J\r\n"], r"signed by '\x1b[2J\r\n', expected"),
+    "one in capitals": ([NETID.upper()], f"signed by '{NETID.upper()}', expected '{NETID}'"),
+    "one with a dot": ([f"{NETID}."], f"signed by '{NETID}.', expected '{NETID}'"),
+}
+
+
+@pytest.mark.parametrize("which", NAMES)
+def test_another_name_is_shown_in_words_that_are_short_and_printable(which: str) -> None:
+    names, says = NAMES[which]
+    key = p256()
+    leaf = COURSE.issue(key.public_key(), issuing.named(*names), PURPOSES)
+    with pytest.raises(PeerKeyError) as refusal:
+        prove(signed(key, leaf))
+    text = str(refusal.value)
+    assert text.startswith(says)
+    assert text.isprintable()
+    assert len(text) < 300
+
+
+def test_a_long_netid_is_shown_in_part() -> None:
+    netid, key = "n" * 60_000, p256()
+    payload = reference.bundle(
+        netid, issuing.x25519_public_key(), key, pem(COURSE.issue(key.public_key(), *ALICE))
+    )
+    with pytest.raises(PeerKeyError, match=f"^signed by '{NETID}', expected 'n{{200}}'$"):
+        AUTHORITY.verify(payload, netid, netid)
+
+
 # --- how long it holds -------------------------------------------------------------------------
 
 
@@ -309,6 +347,38 @@ def test_what_is_proved_holds_until_the_first_certificate_ends_that_it_rests_on(
 def test_an_authority_knows_what_it_was_made_of() -> None:
     for content in pem(ANCHOR), pem(ANCHOR) + b"text", pem(ANCHOR, LOWER.certify(LOWER)):
         assert Authority(content).content == content
+
+
+def test_an_authority_with_a_key_that_cannot_sign_has_issued_nothing() -> None:
+    """It may stand in the file of those that are trusted, and go by the name of another."""
+    parts = from_der(ANCHOR.public_bytes(Encoding.DER))
+    parts[0][6] = from_der(OTHER_KEYS["X25519"]())
+    odd = reference.pem("CERTIFICATE", mutants.issued_anew(to_der(parts), COURSE))
+    Authority(odd + pem(ANCHOR)).verify(below(1), NETID, NETID)
+    with pytest.raises(PeerKeyError, match="from an unknown authority"):
+        Authority(odd).verify(below(1), NETID, NETID)
+
+
+def test_no_certificate_makes_the_library_warn() -> None:
+    """A warning would be lines on standard error, at somebody else's wish."""
+    key = p256()
+    parts = from_der(COURSE.issue(key.public_key(), *ALICE).public_bytes(Encoding.DER))
+    [identifier, _], *others = from_der(parts[0][-1][1])  # of the authority's key
+    numbered = to_der([(0x80, b"key"), (0xA1, to_der((0x82, b"name"))), (0x82, b"\0")])
+    extensions = to_der([[identifier, (OCTET_STRING, numbered)], *others])
+    parts[0][1], parts[0][-1] = 0, (0xA3, extensions)
+    leaf = mutants.issued_anew(to_der(parts), COURSE)
+    payload = reference.bundle(
+        NETID, issuing.x25519_public_key(), key, reference.pem("CERTIFICATE", leaf)
+    )
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        _ = x509.load_der_x509_certificate(leaf).extensions
+        assert len(warned) == 2  # of both serial numbers
+        warned.clear()
+        with contextlib.suppress(PeerKeyError):
+            prove(payload)
+    assert not warned
 
 
 # --- what a stranger's message costs -----------------------------------------------------------
@@ -371,3 +441,22 @@ def test_a_stranger_costs_little_more_than_who_is_certified_with(what: str) -> N
     with pytest.raises(PeerKeyError):
         prove(payload)
     assert cost(payload) < 10 * cost(below(0))
+
+
+# --- anything at all ---------------------------------------------------------------------------
+
+SEEDS = mutants.seeds()
+
+
+def test_what_mutants_are_made_of_is_accepted() -> None:
+    for seed in SEEDS:
+        payload, request = mutants.key_exchange(seed)
+        mutants.AUTHORITY.verify(payload, NETID, NETID, request)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(SEEDS), st.integers(0, 2**64))
+def test_a_certificate_changed_anywhere_proves_the_name_or_is_a_peer_key_error(
+    seed: bytes, number: int
+) -> None:
+    mutants.judge(mutants.mutant(seed, Random(number)))

@@ -24,6 +24,7 @@ from typing import Any, cast
 from crypto import CryptoError, read_group
 from secure_mqtt.actions import KEY_EXCHANGE, RESPONSE
 from secure_mqtt.calls import call, exchange_keys, timed_out, topics
+from secure_mqtt.cautions import cautions
 from secure_mqtt.command_line import parse_settings
 from secure_mqtt.connection import Connection
 from secure_mqtt.errors import ProgramError, UsageError
@@ -241,8 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = settings_from(sys.argv[1:] if argv is None else argv)
         set_up_log(settings)
-        if settings.insecure:
-            log().warning("--insecure: anyone between here and the broker can pose as it")
+        for caution in cautions(settings):
+            log().warning(caution)
         run = run_session if settings.lines else run_request
         (run_responder if settings.respond else run)(settings)
     except ProgramError as error:

@@ -8,6 +8,7 @@ log            the log: for a person, or for programs
 actions        topics, NetIDs and the lab's six actions
 settings       what the command line says, and the files that it names
 certificates   when certificates end
+cautions       what is allowed, but unwise: warnings at the start
 streams        standard input, output and error
 lines          the lines of a session: read, sent and answered
 tls            TLS with the broker

@@ -125,12 +125,14 @@ def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
             else "another client may be using this NETID, or someone tampers with the messages",
         )
     if is_exchange:
-        others = "" if settings.suite == LAB.name else ", or know other suites only"
+        others = (
+            "" if settings.suite == LAB.name else ", or know other suites only: try without --suite"
+        )
         return ProgramError(
             f"no responder answered the key exchange on {topic} {within}",
             f"start one ({PROGRAM} --respond), or check NETID, --host and --port;"
             " an access rule of the broker may also drop messages without a word, or the responder"
-            f" demand an --identity{others}",
+            f" demand an --identity{'' if settings.suite == LAB.name else others}",
         )
     problem = f"no response came on {topic} {within}"
     if mqtt.outbox.largest_taken > SUITES[settings.suite].sealed_size(MAX_TEXT):

@@ -19,7 +19,7 @@ from secure_mqtt.actions import (
 )
 from secure_mqtt.chores import Answer, Credentials, Reply, answer_exchange, seal_answer
 from secure_mqtt.connection import Message
-from secure_mqtt.errors import UnusableError
+from secure_mqtt.errors import UnusableError, WorkerError
 from secure_mqtt.keyring import Key, Keyring
 from secure_mqtt.pool import Pool
 from secure_mqtt.powers import Powers
@@ -27,7 +27,7 @@ from secure_mqtt.replays import Replays
 from secure_mqtt.reports import NO_KEY, Reports
 from secure_mqtt.suites import suite_of
 from secure_mqtt.turns import Incoming, Turns
-from secure_mqtt.workers import Worker, WorkerError
+from secure_mqtt.workers import Worker
 
 MAX_INLINE = 2**13  # bytes of a request that is answered here; a larger one would take too long
 

@@ -58,6 +58,8 @@ def set_up_log(settings: Settings) -> None:
     log().setLevel(
         logging.INFO if settings.verbose else WAITING if is_terminal else logging.WARNING
     )
+    if settings.insecure:
+        log().warning("--insecure: anyone between here and the broker can pose as it")
 
 
 def programs_format() -> logging.Formatter:

@@ -45,7 +45,7 @@ def option_of(line: bytes, known: Collection[str]) -> str:
     try:
         text = line.decode().strip(" \t\r")
     except UnicodeDecodeError:
-        raise UsageError("not UTF-8 text") from None
+        raise UsageError("not UTF-8 text", "save the file as UTF-8") from None
     if not text or text.startswith("#"):
         return ""
     match = LINE.fullmatch(text)

@@ -516,7 +516,7 @@ class Reader:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if is_verbose else subprocess.PIPE,
             text=True,
-            timeout=SAFETY,
+            timeout=5 * SAFETY,  # it may install packages
             **self.options(),
         )
         assert (result.returncode, result.stderr or "") == (0, "")

@@ -9,8 +9,6 @@ From the top: the help, the lab's request with its four messages, the other role
 stand on is in crypto.py, the lab's cryptography, and in secure_mqtt, which lists its modules.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -21,17 +19,24 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
+# Before anything is imported that an older Python cannot even read.
+if sys.version_info < (3, 10) or sys.platform not in ("linux", "darwin"):
+    where = f"Python {sys.version.split()[0]} on {sys.platform}"
+    sys.exit(f"secure_mqtt_client.py: error: needs Python 3.10+ on Linux or macOS, not {where}")
+if __name__ == "__main__":  # until main() can end the program without a traceback, Ctrl-C waits
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
 from crypto import CryptoError, read_group
 from secure_mqtt.actions import KEY_EXCHANGE, RESPONSE
 from secure_mqtt.calls import call, exchange_keys, timed_out, topics
 from secure_mqtt.cautions import cautions
 from secure_mqtt.command_line import parse_settings
 from secure_mqtt.connection import Connection
-from secure_mqtt.errors import ProgramError, UsageError
+from secure_mqtt.errors import INSTALL, ProgramError, UsageError
 from secure_mqtt.exchange import Exchange
 from secure_mqtt.log import PROGRAM, WAITING, log, set_up_log
 from secure_mqtt.settings import Settings, peer_security
-from secure_mqtt.streams import is_utf8, read_message, say, write_output
+from secure_mqtt.streams import is_utf8, read_message, say, tell_of_input, write_output
 from secure_mqtt.suites import SUITES, UnavailableError
 from secure_mqtt.workers import Worker, WorkerError, supervise
 
@@ -169,7 +174,8 @@ def notice(mqtt: Connection) -> Iterator[None]:
 def exchange_settings(settings: Settings) -> tuple[Any, ...]:
     """Return the arguments of an Exchange. CryptoError or UsageError if a file is unusable."""
     read_group()  # raises its error here, and not in a child
-    return settings.netid, settings.suite, *peer_security(settings), settings.peer_name
+    identity, authority = peer_security(settings)
+    return settings.netid, settings.suite, identity, authority, settings.peer_name
 
 
 def services(settings: Settings) -> contextlib.AbstractContextManager[None]:
@@ -190,6 +196,7 @@ def run_session(settings: Settings) -> None:
     new_exchange = partial(Exchange, *exchange_settings(settings))
     from secure_mqtt.session import Session
 
+    tell_of_input("lines")
     with services(settings):
         session = Session(settings, new_exchange)
         try:
@@ -240,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     :return: the exit status
     """
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         settings = settings_from(sys.argv[1:] if argv is None else argv)
         set_up_log(settings)
         for caution in cautions(settings):
@@ -249,8 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     except ProgramError as error:
         return report(error)
     except ImportError as error:
-        hint = "install what is needed: python3 -m pip install -r requirements.txt"
-        return report(ProgramError(f"a package is missing: {error}", hint))
+        return report(ProgramError(f"a package is missing: {error}", INSTALL))
     except WorkerError:
         return report(ProgramError("a process of the program was ended", "try again"))
     except UnavailableError as error:

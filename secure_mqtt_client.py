@@ -13,11 +13,9 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 # Before anything is imported that an older Python cannot even read.
 if sys.version_info < (3, 10) or sys.platform not in ("linux", "darwin"):
@@ -26,21 +24,19 @@ if sys.version_info < (3, 10) or sys.platform not in ("linux", "darwin"):
 if __name__ == "__main__":  # until main() can end the program without a traceback, Ctrl-C waits
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
-from crypto import CryptoError, read_group
-from secure_mqtt.actions import KEY_EXCHANGE, RESPONSE
-from secure_mqtt.calls import call, exchange_keys, timed_out, topics
-from secure_mqtt.cautions import cautions
+from crypto import CryptoError
 from secure_mqtt.command_line import parse_settings
-from secure_mqtt.connection import Connection
-from secure_mqtt.errors import INSTALL, ProgramError, UsageError
-from secure_mqtt.exchange import Exchange
-from secure_mqtt.log import PROGRAM, WAITING, log, set_up_log
-from secure_mqtt.settings import Settings, peer_security
+from secure_mqtt.errors import INSTALL, ProgramError, UsageError, WorkerError
+from secure_mqtt.log import PROGRAM, log, set_up_log
 from secure_mqtt.streams import is_utf8, read_message, say, tell_of_input, write_output
 from secure_mqtt.suites import SUITES, UnavailableError
-from secure_mqtt.workers import Worker, WorkerError, supervise
 
-__version__ = "2.0.0"
+if TYPE_CHECKING:  # else loaded where it is used: --help and usage errors need no network
+    from secure_mqtt.connection import Connection
+    from secure_mqtt.exchange import Exchange
+    from secure_mqtt.settings import Settings
+
+__version__ = "3.0.0"
 
 HELP = """\
 usage: secure_mqtt_client.py [options] NETID ACTION MESSAGE
@@ -111,14 +107,15 @@ examples:
 """
 USAGE = HELP.partition("\n\n")[0]
 
-NOTICE_AFTER = 3.0  # seconds until a person at a terminal is told what is being waited for
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 # --- the lab's request -------------------------------------------------------------------------
 
 
-def request(mqtt: Connection, settings: Settings, exchange: Exchange, texts: list[bytes]) -> bytes:
+def request(
+    mqtt: "Connection", settings: "Settings", exchange: "Exchange", texts: list[bytes]
+) -> bytes:
     """Send one request and return the answer, UTF-8 text.
 
     :param mqtt: a connection that was not used yet
@@ -126,8 +123,10 @@ def request(mqtt: Connection, settings: Settings, exchange: Exchange, texts: lis
     :param texts: the message, UTF-8, which is taken out, so that nothing keeps it: it may be large
     :raises ProgramError: there is no answer to return
     """
+    from secure_mqtt.actions import KEY_EXCHANGE, RESPONSE
+    from secure_mqtt.calls import call, exchange_keys, topics
+
     asking, answering = topics(settings)
-    exchange.request()  # says before anybody hears of us if there can be none
     with mqtt:
         mqtt.connect()
         mqtt.subscribe(RESPONSE.format(settings.netid, KEY_EXCHANGE), answering)
@@ -140,45 +139,33 @@ def request(mqtt: Connection, settings: Settings, exchange: Exchange, texts: lis
     return answer
 
 
-def run_request(settings: Settings) -> None:
+def run_request(settings: "Settings") -> None:
     """Send a request and print the response."""
-    # A child computes while this process imports paho and connects. Before there are threads.
-    exchange = Worker(partial(Exchange, *exchange_settings(settings)))
+    from secure_mqtt.exchange import new_exchange
+    from secure_mqtt.workers import Worker, supervise
+
+    # A child reads the files and computes while this process imports what the rest needs, and
+    # connects. Before there are threads.
+    exchange = cast("Exchange", Worker(partial(new_exchange, settings)))
+    begin_log(settings)
+    from secure_mqtt.calls import notice, timed_out
+    from secure_mqtt.connection import Connection, load_paho
+
+    load_paho()
+    exchange.request()  # says before anybody hears of us if there can be none
     with services(settings):
         texts = [read_message(settings)]
         mqtt = Connection(settings)
         end = time.monotonic() + settings.timeout
         try:
             with notice(mqtt):
-                run = partial(request, mqtt, settings, cast("Exchange", exchange), texts)
-                answer = supervise(run, lambda: end)
+                answer = supervise(partial(request, mqtt, settings, exchange, texts), lambda: end)
         except TimeoutError:
             raise timed_out(mqtt, settings) from None
     write_output(answer + b"\n")
 
 
-@contextlib.contextmanager
-def notice(mqtt: Connection) -> Iterator[None]:
-    """Tell a person at a terminal what is being waited for, if it takes long."""
-    timer = threading.Timer(
-        NOTICE_AFTER, lambda: log().log(WAITING, "waiting for %s ...", mqtt.stage)
-    )
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def exchange_settings(settings: Settings) -> tuple[Any, ...]:
-    """Return the arguments of an Exchange. CryptoError or UsageError if a file is unusable."""
-    read_group()  # raises its error here, and not in a child
-    identity, authority = peer_security(settings)
-    return settings.netid, settings.suite, identity, authority, settings.peer_name
-
-
-def services(settings: Settings) -> contextlib.AbstractContextManager[None]:
+def services(settings: "Settings") -> contextlib.AbstractContextManager[None]:
     """Return what --local brings for a request."""
     if not settings.local:
         return contextlib.nullcontext()
@@ -190,12 +177,15 @@ def services(settings: Settings) -> contextlib.AbstractContextManager[None]:
 # --- the other roles ---------------------------------------------------------------------------
 
 
-def run_session(settings: Settings) -> None:
+def run_session(settings: "Settings") -> None:
     """Send the lines of standard input and print the responses."""
+    begin_log(settings)
+    from secure_mqtt.exchange import Exchange, exchange_settings
+    from secure_mqtt.session import Session
+    from secure_mqtt.workers import supervise
+
     SUITES[settings.suite].load()
     new_exchange = partial(Exchange, *exchange_settings(settings))
-    from secure_mqtt.session import Session
-
     tell_of_input("lines")
     with services(settings):
         session = Session(settings, new_exchange)
@@ -206,12 +196,14 @@ def run_session(settings: Settings) -> None:
             raise ProgramError(f"line {session.first}: {fault}", fault.hint) from None
 
 
-def run_responder(settings: Settings) -> None:
+def run_responder(settings: "Settings") -> None:
     """Answer requests until SIGINT or SIGTERM."""
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: sys.exit(0))  # before there is anything to finish
+    begin_log(settings)
     from secure_mqtt.local import local_broker
     from secure_mqtt.responder import Responder
+    from secure_mqtt.workers import supervise
 
     whom = settings.netid or "all NetIDs"
     responder = Responder(settings, lambda: say(f"ready: {settings.broker}, for {whom}"))
@@ -225,7 +217,16 @@ def run_responder(settings: Settings) -> None:
 # --- main --------------------------------------------------------------------------------------
 
 
-def settings_from(arguments: list[str]) -> Settings:
+def begin_log(settings: "Settings") -> None:
+    """Write the log from now on, and in it first what is allowed, but unwise."""
+    from secure_mqtt.cautions import cautions
+
+    set_up_log(settings)
+    for caution in cautions(settings):
+        log().warning(caution)
+
+
+def settings_from(arguments: list[str]) -> "Settings":
     """Return what these arguments mean. UsageError if they are wrong."""
     return parse_settings(arguments, HELP, __version__)
 
@@ -249,9 +250,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         settings = settings_from(sys.argv[1:] if argv is None else argv)
-        set_up_log(settings)
-        for caution in cautions(settings):
-            log().warning(caution)
         run = run_session if settings.lines else run_request
         (run_responder if settings.respond else run)(settings)
     except ProgramError as error:

@@ -14,6 +14,7 @@ lines          the lines of a session: read, sent and answered
 tls            TLS with the broker
 faults         why there is no connection to the broker
 mailboxes      what has come over a connection and is not handled yet, and what has gone
+postponed      an import that waits until something is used
 connection     the connection to the broker: the only user of paho
 suites         how two ends agree on keys, and how they encrypt with them
 hints          what was probably meant, where the command line is wrong

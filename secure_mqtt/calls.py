@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from crypto import MAX_KEY_FILE_SIZE, CryptoError
@@ -11,11 +13,12 @@ from secure_mqtt.connection import Connection
 from secure_mqtt.errors import ProgramError, UnusableError
 from secure_mqtt.exchange import Exchange
 from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, silence
-from secure_mqtt.log import PROGRAM, log
+from secure_mqtt.log import PROGRAM, WAITING, log
 from secure_mqtt.mailboxes import Message
 from secure_mqtt.settings import Settings
 from secure_mqtt.suites import LAB, SUITES
 
+NOTICE_AFTER = 3.0  # seconds until a person at a terminal is told what is being waited for
 EXCHANGE, ANSWER = "the key exchange", "the response"  # what is waited for, after the SUBACK
 KEY_SENT, KEY_RECEIVED, REQUEST_SENT, ANSWER_RECEIVED = 1, 2, 3, 4  # the lab's numbers
 CONTENTS = {
@@ -106,6 +109,20 @@ def check_answer(answer: Message, size: int) -> None:
     # be busy with it when the time is over.
     if len(answer.payload) > 4 * size + MAX_KEY_FILE_SIZE:
         raise UnusableError("far too large for an answer")
+
+
+@contextlib.contextmanager
+def notice(mqtt: Connection) -> Iterator[None]:
+    """Tell a person at a terminal what is being waited for, if it takes long."""
+    timer = threading.Timer(
+        NOTICE_AFTER, lambda: log().log(WAITING, "waiting for %s ...", mqtt.stage)
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import select
 import socket
 import time
@@ -15,6 +16,7 @@ from secure_mqtt.errors import ProgramError
 from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, explain, refusal, refused_topics
 from secure_mqtt.log import log
 from secure_mqtt.mailboxes import Inbox, Message, Outbox
+from secure_mqtt.postponed import postponed
 from secure_mqtt.settings import Settings
 from secure_mqtt.tls import describe, tls_context
 
@@ -268,8 +270,19 @@ class Connection:
         self.inbox.put(Message(message.topic, bytes(message.payload), message.retain))
 
 
+@functools.cache
+def load_paho() -> None:
+    """Import paho, without what it needs for proxies only: a third of the time that it takes.
+
+    It asks urllib.request for the proxy of the environment, and that only where PySocks is there.
+    """
+    with postponed("urllib.request"):
+        import paho.mqtt.client  # noqa: F401
+
+
 def new_client(settings: Settings, will: tuple[str, bytes] | None) -> paho.Client:
     """Return a client that sends all at once, and is told when to acknowledge."""
+    load_paho()
     import paho.mqtt.client as paho
     from paho.mqtt.enums import CallbackAPIVersion
 

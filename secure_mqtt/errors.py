@@ -23,5 +23,9 @@ class UsageError(ProgramError):
     """The command line is wrong."""
 
 
+class WorkerError(Exception):
+    """A process of our own was ended."""
+
+
 class UnusableError(CryptoError):
     """A message from a peer cannot be used; the text says why."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from crypto import TokenError, digest
+from crypto import TokenError, digest, read_group
+from secure_mqtt.settings import Settings, peer_security
 from secure_mqtt.suites import SUITES, Cipher, Transcript, key_blocks
 
 if TYPE_CHECKING:
@@ -99,3 +100,14 @@ class Exchange:
     def open(self, topic: str, message: bytes) -> tuple[int, bytes]:
         """Do as Channel.open() does."""
         return self.channel.open(topic, message)
+
+
+def exchange_settings(settings: Settings) -> tuple[Any, ...]:
+    """Return the arguments of an Exchange. CryptoError or UsageError if a file is unusable."""
+    read_group()  # raises its error before anything is computed
+    return settings.netid, settings.suite, *peer_security(settings), settings.peer_name
+
+
+def new_exchange(settings: Settings) -> Exchange:
+    """Return an exchange, from files as they are now; raises as exchange_settings() does."""
+    return Exchange(*exchange_settings(settings))

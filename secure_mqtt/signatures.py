@@ -120,9 +120,7 @@ class Authority:
         :raises PeerKeyError: it was not signed by that name's owner for this exchange
         """
         try:
-            with (
-                warnings.catch_warnings()
-            ):  # of what is refused anyhow, like a serial number below 1
+            with warnings.catch_warnings():  # of oddities that nobody here could do anything about
                 warnings.simplefilter("ignore")
                 return self._verify(payload, netid, name, request)
         except exceptions.InvalidSignature:

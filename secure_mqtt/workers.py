@@ -13,14 +13,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from crypto import CryptoError
+from secure_mqtt.errors import ProgramError, WorkerError
 
 CHECK_INTERVAL = 1.0  # seconds between looks at a deadline, which may have moved
 LENGTH_SIZE = 8  # bytes of the size that precedes what is sent to a worker or comes from it
 T = TypeVar("T")
-
-
-class WorkerError(Exception):
-    """A process of our own was ended."""
 
 
 class WorkError(CryptoError):
@@ -142,7 +139,7 @@ def _answer_once(make: Callable[[], object], channel: socket.socket) -> None:
     result = error = None
     try:
         result = getattr(make(), method)(*arguments)
-    except (CryptoError, ImportError) as caught:
+    except (CryptoError, ProgramError, ImportError) as caught:
         error = caught
     except Exception as caught:
         error = WorkError(type(caught).__name__)

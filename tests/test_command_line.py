@@ -275,6 +275,7 @@ def test_help_and_wrong_usage_import_nothing_heavy(arguments: list[str]) -> None
     assert "argparse" in modules
     heavy = {"paho", "cryptography", "asyncio", "amqtt", "logging", "multiprocessing", "ssl"}
     assert not heavy & modules
+    assert not {"socket", "threading", "pickle", "random", "datetime"} & modules  # a few ms in all
 
 
 def test_difflib_is_imported_only_to_say_what_was_meant() -> None:

@@ -9,8 +9,6 @@ From the top: the help, the lab's request with its four messages, the other role
 stand on is in crypto.py, the lab's cryptography, and in secure_mqtt, which lists its modules.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -19,11 +17,18 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
+# Before anything is imported that an older Python cannot even read.
+if sys.version_info < (3, 10) or sys.platform not in ("linux", "darwin"):
+    where = f"Python {sys.version.split()[0]} on {sys.platform}"
+    sys.exit(f"secure_mqtt_client.py: error: needs Python 3.10+ on Linux or macOS, not {where}")
+if __name__ == "__main__":  # until main() can end the program without a traceback, Ctrl-C waits
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
 from crypto import CryptoError
 from secure_mqtt.command_line import parse_settings
-from secure_mqtt.errors import ProgramError, UsageError, WorkerError
+from secure_mqtt.errors import INSTALL, ProgramError, UsageError, WorkerError
 from secure_mqtt.log import PROGRAM, log, set_up_log
-from secure_mqtt.streams import is_utf8, read_message, say, write_output
+from secure_mqtt.streams import is_utf8, read_message, say, tell_of_input, write_output
 from secure_mqtt.suites import SUITES, UnavailableError
 
 if TYPE_CHECKING:  # else loaded where it is used: --help and usage errors need no network
@@ -108,7 +113,9 @@ STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 # --- the lab's request -------------------------------------------------------------------------
 
 
-def request(mqtt: Connection, settings: Settings, exchange: Exchange, texts: list[bytes]) -> bytes:
+def request(
+    mqtt: "Connection", settings: "Settings", exchange: "Exchange", texts: list[bytes]
+) -> bytes:
     """Send one request and return the answer, UTF-8 text.
 
     :param mqtt: a connection that was not used yet
@@ -132,7 +139,7 @@ def request(mqtt: Connection, settings: Settings, exchange: Exchange, texts: lis
     return answer
 
 
-def run_request(settings: Settings) -> None:
+def run_request(settings: "Settings") -> None:
     """Send a request and print the response."""
     from secure_mqtt.exchange import new_exchange
     from secure_mqtt.workers import Worker, supervise
@@ -158,7 +165,7 @@ def run_request(settings: Settings) -> None:
     write_output(answer + b"\n")
 
 
-def services(settings: Settings) -> contextlib.AbstractContextManager[None]:
+def services(settings: "Settings") -> contextlib.AbstractContextManager[None]:
     """Return what --local brings for a request."""
     if not settings.local:
         return contextlib.nullcontext()
@@ -170,7 +177,7 @@ def services(settings: Settings) -> contextlib.AbstractContextManager[None]:
 # --- the other roles ---------------------------------------------------------------------------
 
 
-def run_session(settings: Settings) -> None:
+def run_session(settings: "Settings") -> None:
     """Send the lines of standard input and print the responses."""
     begin_log(settings)
     from secure_mqtt.exchange import Exchange, exchange_settings
@@ -179,6 +186,7 @@ def run_session(settings: Settings) -> None:
 
     SUITES[settings.suite].load()
     new_exchange = partial(Exchange, *exchange_settings(settings))
+    tell_of_input("lines")
     with services(settings):
         session = Session(settings, new_exchange)
         try:
@@ -188,7 +196,7 @@ def run_session(settings: Settings) -> None:
             raise ProgramError(f"line {session.first}: {fault}", fault.hint) from None
 
 
-def run_responder(settings: Settings) -> None:
+def run_responder(settings: "Settings") -> None:
     """Answer requests until SIGINT or SIGTERM."""
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: sys.exit(0))  # before there is anything to finish
@@ -209,7 +217,7 @@ def run_responder(settings: Settings) -> None:
 # --- main --------------------------------------------------------------------------------------
 
 
-def begin_log(settings: Settings) -> None:
+def begin_log(settings: "Settings") -> None:
     """Write the log from now on, and in it first what is allowed, but unwise."""
     from secure_mqtt.cautions import cautions
 
@@ -218,7 +226,7 @@ def begin_log(settings: Settings) -> None:
         log().warning(caution)
 
 
-def settings_from(arguments: list[str]) -> Settings:
+def settings_from(arguments: list[str]) -> "Settings":
     """Return what these arguments mean. UsageError if they are wrong."""
     return parse_settings(arguments, HELP, __version__)
 
@@ -240,14 +248,14 @@ def main(argv: list[str] | None = None) -> int:
     :return: the exit status
     """
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         settings = settings_from(sys.argv[1:] if argv is None else argv)
         run = run_session if settings.lines else run_request
         (run_responder if settings.respond else run)(settings)
     except ProgramError as error:
         return report(error)
     except ImportError as error:
-        hint = "install what is needed: python3 -m pip install -r requirements.txt"
-        return report(ProgramError(f"a package is missing: {error}", hint))
+        return report(ProgramError(f"a package is missing: {error}", INSTALL))
     except WorkerError:
         return report(ProgramError("a process of the program was ended", "try again"))
     except UnavailableError as error:

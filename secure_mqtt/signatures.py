@@ -110,6 +110,7 @@ class Authority:
 
         :param payload: that message, whole
         :param name: the DNS name that the signer's certificate must have
+        :return: when the first of the signer's certificates ends, of time.time()
         :raises PeerKeyError: it was not signed by that name's owner for this exchange
         """
         if len(payload) > MAX_EXCHANGE_SIZE:
@@ -125,7 +126,7 @@ class Authority:
             _check_name(leaf, name)
             key: Any = leaf.public_key()
             key.verify(signature, signed_bytes, *_signature_scheme(key))
-            return float("inf")
+            return min(each.not_valid_after_utc for each in [leaf, *others]).timestamp()
         except exceptions.InvalidSignature:
             raise PeerKeyError("its signature does not match") from None
         except PeerKeyError:

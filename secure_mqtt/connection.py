@@ -7,7 +7,9 @@ import select
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from secure_mqtt.errors import ProgramError
@@ -22,7 +24,8 @@ if TYPE_CHECKING:  # else loaded where it is used: --help and usage errors do no
 QOS = 1
 KEEPALIVE = 15  # seconds of silence after which a responder asks its broker for a sign of life
 MAX_KEEPALIVE = 65_535  # seconds: 3.1.1, 3.1.2.10
-READ_TIME = 0.005  # seconds of reading until what came is handled
+READ_TIME = 0.02  # seconds of reading until what came is handled
+READ_SIZE = 2**16  # bytes that are read at a time: paho wants each packet in three parts
 LOOP_INTERVAL = 1.0  # seconds between looks at the time, for keep-alive
 MAX_MESSAGES = 10_000  # received, but not handled yet; more are dropped
 MAX_IN_FLIGHT = 10_000  # published, but not acknowledged by the broker yet
@@ -129,6 +132,8 @@ class Connection:
         self._failure: ProgramError | None = None  # why the connection has ended
         self._unacknowledged: list[int] = []  # the packet identifiers of what came in
         self._client = new_client(settings)
+        self._received = BytesIO()  # what was read, of which paho has not taken ...
+        self._unread = 0  # ... so many bytes
         self._set_callbacks()
         if will:
             self._client.will_set(*will, QOS, retain=True)
@@ -142,6 +147,7 @@ class Connection:
         client.on_message = self._on_message
         # We subscribe at QoS 1. paho would keep a flood of QoS 2, to deliver it later.
         client._send_pubrec = self._refuse_qos_2  # type: ignore[method-assign]
+        client._sock_recv = partial(self._receive, client._sock_recv)  # type: ignore[method-assign]
 
     def __enter__(self) -> Connection:
         """Return the connection."""
@@ -255,8 +261,7 @@ class Connection:
             raise ConnectionError("The connection was lost")
         # A broker that does not read is not read from: what it makes us owe would pile up.
         to_read, to_write = ([], [sock]) if client.want_write() else ([sock], [])
-        # TLS may have decrypted more than was read.
-        is_pending = bool(to_read) and hasattr(sock, "pending") and sock.pending() > 0
+        is_pending = bool(to_read and (self._unread or is_decrypted(sock)))
         has_work = is_busy or is_pending or (self.inbox and self._granted)
         timeout = 0 if has_work else LOOP_INTERVAL
         readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
@@ -283,8 +288,19 @@ class Connection:
             code = self._client.loop_read()
             if code or not self.inbox or time.monotonic() >= end:
                 return int(code)
-            if not select.select([sock], [], [], 0)[0]:
+            if not self._unread and not select.select([sock], [], [], 0)[0]:
                 return 0
+
+    def _receive(self, read: Callable[[int], bytes], size: int) -> bytes:
+        """Return bytes from the broker for paho, as many as it wants at most.
+
+        :param read: reads from the socket
+        """
+        if not self._unread:
+            data = read(max(size, READ_SIZE))
+            self._received, self._unread = BytesIO(data), len(data)
+        self._unread = max(0, self._unread - size)
+        return self._received.read(size)
 
     def _acknowledge(self) -> None:
         """Acknowledge what came in; not at once, so that the answers to it are faster."""
@@ -344,6 +360,11 @@ def new_client(settings: Settings) -> paho.Client:
     if settings.username:
         client.username_pw_set(settings.username, settings.password)  # type: ignore[arg-type]
     return client
+
+
+def is_decrypted(sock: Any) -> bool:
+    """Tell whether TLS has decrypted more than was read."""
+    return hasattr(sock, "pending") and sock.pending() > 0
 
 
 def acknowledge_at_once(sock: Any) -> None:

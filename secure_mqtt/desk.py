@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
+from heapq import heappop, heappush
 from typing import Any
 
 from crypto import MAX_KEY_FILE_SIZE, CryptoError, TokenError, token_size
@@ -19,7 +19,7 @@ from secure_mqtt.powers import Powers
 from secure_mqtt.replays import Replays
 from secure_mqtt.reports import NO_KEY, Reports
 from secure_mqtt.suites import suite_of
-from secure_mqtt.turns import Incoming, Turns
+from secure_mqtt.turns import Hold, Incoming, Turns
 from secure_mqtt.workers import Worker, WorkerError
 
 MAX_INLINE = 2**13  # bytes of a request that is answered here; a larger one would take too long
@@ -42,7 +42,9 @@ class Desk:
         self._reports = reports
         self._turns = Turns()
         self._powers = Powers(self.pool)
-        self._waiting: deque[str] = deque()  # NetIDs that want a worker
+        # NetIDs that want a worker, as a heap: who has more unused keys, then came later, is later.
+        self._waiting: list[tuple[int, int, str]] = []
+        self._waited = 0  # NetIDs so far
         self._replays = Replays()
 
     @property
@@ -117,8 +119,8 @@ class Desk:
         """Give idle workers what there is to do: for those who wait, then ahead."""
         while self.pool.has_idle:
             if self._waiting:
-                netid = self._waiting.popleft()
-                if self._turns.release(netid):
+                *_, netid = heappop(self._waiting)
+                if self._turns.release(netid, Hold.WORKER):
                     self._handle(self._turns.take())
             elif self._powers.needs_key_pairs(0.5):
                 self._powers.make_key_pairs()
@@ -130,8 +132,11 @@ class Desk:
                 break
 
     def _wait_for_worker(self, message: Incoming) -> None:
-        self._turns.hold(message.netid, message)
-        self._waiting.append(message.netid)
+        self._turns.hold(message.netid, Hold.WORKER, message)
+        self._waited += 1
+        unused = self.keyring.unproven(message.netid)
+        is_request = message.action != KEY_EXCHANGE  # for one of those keys
+        heappush(self._waiting, (unused - is_request, self._waited, message.netid))
 
     # --- exchanges -----------------------------------------------------------------------------
 
@@ -193,7 +198,7 @@ class Desk:
         if not self.pool.has_idle:
             self._wait_for_worker(message)
             return
-        self._turns.hold(message.netid)  # the numbers of its requests must rise
+        self._turns.hold(message.netid, Hold.ANSWER)  # the numbers of its requests must rise
         keys, ciphers = zip(*able, strict=True)
         finish = partial(self._attempt, message, self._finish_request, keys)
         self.pool.give(finish, "answer", message.netid, message.action, message.payload, ciphers)
@@ -202,7 +207,7 @@ class Desk:
         self, message: Incoming, keys: tuple[Key, ...], result: Callable[[], Reply]
     ) -> None:
         """Send what a worker has made, unless the request was here before."""
-        self._turns.release(message.netid)
+        self._turns.release(message.netid, Hold.ANSWER)
         reply = result()
         key = keys[reply.place]
         self.keyring.use(key, reply.number, message.payload)
@@ -216,7 +221,7 @@ class Desk:
         if to_derive and not self.pool.has_idle:
             self._wait_for_worker(message)
         elif coming:
-            self._turns.hold(message.netid, message)
+            self._turns.hold(message.netid, Hold.KEY, message)
             if to_derive:
                 self._derive(to_derive[0])
         return bool(coming)
@@ -229,4 +234,4 @@ class Desk:
             key.cipher = result()
         except CryptoError:  # it was checked before: the worker lacks memory, or the like
             self.keyring.forget(key)
-        self._turns.release(key.netid)
+        self._turns.release(key.netid, Hold.KEY)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any
 
-from secure_mqtt.keyring import Key
+from secure_mqtt.actions import KEY_EXCHANGE
+from secure_mqtt.keyring import Key, Keyring
 from secure_mqtt.pool import Pool
 from secure_mqtt.powers import Powers
-from secure_mqtt.turns import Incoming, Turns
+from secure_mqtt.turns import Hold, Incoming, Turns
 
 
 class Labour:
     """Who waits for what, and who is next."""
 
-    def __init__(self) -> None:
+    def __init__(self, keyring: Keyring) -> None:
         """Start the workers; to be done before there are threads."""
+        self._keyring = keyring
         self.turns = Turns()
         self.pool = Pool()
         self.powers = Powers(self.pool)
-        self._waiting: deque[str] = deque()  # NetIDs that want a worker
+        # NetIDs that want a worker, as a heap: who has more unused keys, then came later, is later.
+        self._waiting: list[tuple[int, int, str]] = []
+        self._waited = 0  # NetIDs so far
 
     @property
     def is_busy(self) -> bool:
@@ -29,13 +33,17 @@ class Labour:
 
     def wait_for_worker(self, message: Incoming) -> None:
         """Let a message wait that was just taken, and its NetID's others behind it."""
-        self.turns.hold(message.netid, message)
-        self._waiting.append(message.netid)
+        self.turns.hold(message.netid, Hold.WORKER, message)
+        self._waited += 1
+        unused = self._keyring.unproven(message.netid)
+        is_request = message.action != KEY_EXCHANGE  # for one of those keys
+        heappush(self._waiting, (unused - is_request, self._waited, message.netid))
 
     def take_waiting(self) -> Incoming | None:
-        """Return the message that has waited longest for a worker, if there is one."""
+        """Return the message that gets a worker next, if one waits."""
         while self._waiting:
-            if self.turns.release(self._waiting.popleft()):
+            *_, netid = heappop(self._waiting)
+            if self.turns.release(netid, Hold.WORKER):
                 return self.turns.take()
         return None
 

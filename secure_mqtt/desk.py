@@ -42,7 +42,7 @@ class Desk:
         self._reports = reports
         self._turns = Turns()
         self._powers = Powers(self.pool)
-        # NetIDs that want a worker, as a heap: who has more unused keys, then came later, is later.
+        # NetIDs that want a worker, as a heap: by rank, then in the order in which they came.
         self._waiting: list[tuple[int, int, str]] = []
         self._waited = 0  # NetIDs so far
         self._replays = Replays()
@@ -134,9 +134,15 @@ class Desk:
     def _wait_for_worker(self, message: Incoming) -> None:
         self._turns.hold(message.netid, Hold.WORKER, message)
         self._waited += 1
+        heappush(self._waiting, (self._rank(message), self._waited, message.netid))
+
+    def _rank(self, message: Incoming) -> int:
+        """Return how much a message is to be kept waiting: 0 is what any honest client sends."""
         unused = self.keyring.unproven(message.netid)
-        is_request = message.action != KEY_EXCHANGE  # for one of those keys
-        heappush(self._waiting, (unused - is_request, self._waited, message.netid))
+        if message.action == KEY_EXCHANGE:
+            return unused
+        # A request may be for one of them. A long text takes as long as many powers.
+        return max(0, unused - 1) + (len(message.payload) > MAX_INLINE)
 
     # --- exchanges -----------------------------------------------------------------------------
 

@@ -126,7 +126,8 @@ class Authority:
             _check_name(leaf, name)
             key: Any = leaf.public_key()
             key.verify(signature, signed_bytes, *_signature_scheme(key))
-            return min(each.not_valid_after_utc for each in [leaf, *others]).timestamp()
+            ends: list[float] = [each.not_valid_after_utc.timestamp() for each in (leaf, *others)]
+            return min(ends)
         except exceptions.InvalidSignature:
             raise PeerKeyError("its signature does not match") from None
         except PeerKeyError:

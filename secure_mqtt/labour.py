@@ -12,6 +12,8 @@ from secure_mqtt.pool import Pool
 from secure_mqtt.powers import Powers
 from secure_mqtt.turns import Hold, Incoming, Turns
 
+MAX_INLINE = 2**13  # bytes of a request that is answered at once; a larger one would take too long
+
 
 class Labour:
     """Who waits for what, and who is next."""
@@ -22,7 +24,7 @@ class Labour:
         self.turns = Turns()
         self.pool = Pool()
         self.powers = Powers(self.pool)
-        # NetIDs that want a worker, as a heap: who has more unused keys, then came later, is later.
+        # NetIDs that want a worker, as a heap: by rank, then in the order in which they came.
         self._waiting: list[tuple[int, int, str]] = []
         self._waited = 0  # NetIDs so far
 
@@ -35,9 +37,7 @@ class Labour:
         """Let a message wait that was just taken, and its NetID's others behind it."""
         self.turns.hold(message.netid, Hold.WORKER, message)
         self._waited += 1
-        unused = self._keyring.unproven(message.netid)
-        is_request = message.action != KEY_EXCHANGE  # for one of those keys
-        heappush(self._waiting, (unused - is_request, self._waited, message.netid))
+        heappush(self._waiting, (self._rank(message), self._waited, message.netid))
 
     def take_waiting(self) -> Incoming | None:
         """Return the message that gets a worker next, if one waits."""
@@ -46,6 +46,14 @@ class Labour:
             if self.turns.release(netid, Hold.WORKER):
                 return self.turns.take()
         return None
+
+    def _rank(self, message: Incoming) -> int:
+        """Return how much a message is to be kept waiting: 0 is what any honest client sends."""
+        unused = self._keyring.unproven(message.netid)
+        if message.action == KEY_EXCHANGE:
+            return unused
+        # A request may be for one of them. A long text takes as long as many powers.
+        return max(0, unused - 1) + (len(message.payload) > MAX_INLINE)
 
     def work_ahead(self, derive: Callable[[Key], Any]) -> bool:
         """Let an idle worker do what nobody waits for yet; tell whether there is such work.

@@ -11,12 +11,10 @@ from secure_mqtt.actions import REQUEST, TRANSFORMATIONS
 from secure_mqtt.chores import Reply, seal_answer
 from secure_mqtt.errors import UnusableError
 from secure_mqtt.keyring import Key, Keyring
-from secure_mqtt.labour import Labour
+from secure_mqtt.labour import MAX_INLINE, Labour
 from secure_mqtt.replies import Replies
 from secure_mqtt.reports import NO_KEY
 from secure_mqtt.turns import Hold, Incoming
-
-MAX_INLINE = 2**13  # bytes of a request that is answered here; a larger one would take too long
 
 
 class Requests:

@@ -239,6 +239,7 @@ FLOODS: dict[str, tuple[float, Callable[[], list[bytes]]]] = {
 }
 
 
+@pytest.mark.flood
 @pytest.mark.parametrize("case", FLOODS)
 def test_in_a_flood_the_others_are_answered(
     case: str, default_broker: Mosquitto, start_responder: Start, plain: dict[str, str]
@@ -259,6 +260,7 @@ SIGNED_FLOODS = {
 }
 
 
+@pytest.mark.flood
 @pytest.mark.parametrize("case", SIGNED_FLOODS)
 def test_in_a_flood_the_others_are_answered_that_sign(
     case: str,
@@ -274,6 +276,7 @@ def test_in_a_flood_the_others_are_answered_that_sign(
         guard.watch(flood)
 
 
+@pytest.mark.flood
 def test_large_texts_of_some_keep_nobody_waiting(
     default_broker: Mosquitto, start_responder: Start
 ) -> None:
@@ -287,6 +290,7 @@ def test_large_texts_of_some_keep_nobody_waiting(
             guard.watch(flood)
 
 
+@pytest.mark.flood
 @pytest.mark.parametrize("suite", ["dh4096", "x25519"])
 def test_large_texts_that_no_key_opens_keep_nobody_waiting(
     suite: str, default_broker: Mosquitto, start_responder: Start

@@ -74,7 +74,7 @@ class Responder:
             except ProgramError as error:
                 if error.is_final:
                     raise
-                event("disconnected", is_warning=True, reason=str(error))
+                self._reports.disconnected(error)
                 if mqtt:
                     self._limit.connection_lost(mqtt.outbox)
             self._is_connected = False

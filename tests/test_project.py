@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
-from conftest import PROGRAM, ROOT
+import pytest
+from conftest import PROGRAM, ROOT, SAFETY, copy_program
 
 import secure_mqtt_client as program
 from secure_mqtt.keyring import MAX_TOKENS
+from secure_mqtt.not_installed import REFUSAL
 from secure_mqtt.session import IN_ORDER
 
 
@@ -46,6 +52,19 @@ def test_the_oldest_python_is_the_one_that_the_tools_check_for() -> None:
 
 def test_the_responder_remembers_what_a_session_does_under_one_key() -> None:
     assert IN_ORDER.max_requests * 2 == MAX_TOKENS
+
+
+@pytest.mark.parametrize("how", [[], ["--editable"]], ids=["install", "editable"])
+def test_pip_says_that_there_is_nothing_to_install(how: list[str], tmp_path: Path) -> None:
+    copy_program(tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--target", str(tmp_path / "to")]
+    result = subprocess.run(
+        [*pip, *how, str(tmp_path)], capture_output=True, text=True, timeout=SAFETY
+    )
+    assert result.returncode == 1
+    assert REFUSAL in " ".join((result.stdout + result.stderr).split())
+    assert not (tmp_path / "to").exists()
 
 
 def test_the_version_is_the_newest_in_the_changelog() -> None:

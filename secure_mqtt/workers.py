@@ -16,6 +16,7 @@ from crypto import CryptoError
 from secure_mqtt.errors import ProgramError, WorkerError
 
 CHECK_INTERVAL = 1.0  # seconds between looks at a deadline, which may have moved
+SILENT = "-"  # before the name of a method whose result nobody waits for
 LENGTH_SIZE = 8  # bytes of the size that precedes what is sent to a worker or comes from it
 T = TypeVar("T")
 
@@ -54,6 +55,10 @@ class Worker:
             _send(self._socket, (method, arguments))
         except OSError:
             raise WorkerError from None
+
+    def tell(self, method: str) -> None:
+        """Let the object do something that has no result. WorkerError as in send()."""
+        self.send(f"{SILENT}{method}")
 
     def receive(self) -> Any:
         """Wait for the result, or raise the error. WorkerError if the child was ended."""
@@ -136,6 +141,10 @@ def _work(make: Callable[[], object], channel: socket.socket) -> None:
 def _answer_once(make: Callable[[], object], channel: socket.socket) -> None:
     """Do one thing for the parent, and keep nothing of it: a message may be large."""
     method, arguments = _receive(channel)
+    if method.startswith(SILENT):
+        with contextlib.suppress(Exception):  # it comes again when something has a result
+            getattr(make(), method.removeprefix(SILENT))()
+        return
     result = error = None
     try:
         result = getattr(make(), method)(*arguments)

@@ -146,13 +146,15 @@ def run_request(settings: "Settings") -> None:
 
     # A child reads the files and computes while this process imports what the rest needs, and
     # connects. Before there are threads.
-    exchange = cast("Exchange", Worker(partial(new_exchange, settings)))
+    worker = Worker(partial(new_exchange, settings))
+    exchange = cast("Exchange", worker)
     begin_log(settings)
     from secure_mqtt.calls import notice, timed_out
     from secure_mqtt.connection import Connection, load_paho
 
     load_paho()
     exchange.request()  # says before anybody hears of us if there can be none
+    worker.tell("load")
     with services(settings):
         texts = [read_message(settings)]
         mqtt = Connection(settings)

@@ -68,11 +68,17 @@ class Exchange:
         self._netid = netid
         self._authority = authority
         self._peer_name = peer_name
-        self._keys = SUITES[suite].client()
-        SUITES[suite].load()
+        import cryptography  # noqa: F401 - here, and not later, it is told if that is missing
+
+        self._suite = SUITES[suite]
+        self._keys = self._suite.client()
         blocks = self._keys.blocks
         self._request = identity.sign(blocks, netid) if identity else blocks
         self.channel: Channel  # under the key that was agreed on last
+
+    def load(self) -> None:
+        """Import what agree() needs, for which nobody has to wait then."""
+        self._suite.load()
 
     def request(self) -> bytes:
         """Return the payload of message 1."""

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
-from conftest import PROGRAM, ROOT
+import pytest
+from conftest import PROGRAM, ROOT, SAFETY, copy_program
 
 import secure_mqtt_client as program
 from secure_mqtt.keyring import MAX_TOKENS
@@ -42,6 +48,33 @@ def test_the_oldest_python_is_the_one_that_the_tools_check_for() -> None:
     oldest = metadata("requires-python")
     assert isinstance(oldest, str)
     assert f'python_version = "{oldest.removeprefix(">=")}"' in text_of("pyproject.toml")
+
+
+PIP: dict[str, list[str]] = {
+    "pip install .": ["install", "."],
+    "without isolation": ["install", "--no-build-isolation", "."],
+    "editable": ["install", "--editable", "."],
+    "a wheel": ["wheel", "."],
+}
+
+
+@pytest.mark.parametrize("case", PIP)
+def test_pip_is_refused_with_what_to_do_instead(case: str, tmp_path: Path) -> None:
+    """Also where there is no network."""
+    copy_program(tmp_path)
+    for name in "pyproject.toml", "dhparam4096.pem", "README.md":
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / ".venv"], check=True, timeout=SAFETY)
+    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    command = [str(tmp_path / ".venv/bin/python"), "-m", "pip", *PIP[case]]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=SAFETY
+    )
+    assert result.returncode == 1
+    assert "secure_mqtt_client.py is not to be installed: it runs from its folder" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Successfully" not in result.stdout
 
 
 def test_the_responder_remembers_what_a_session_does_under_one_key() -> None:

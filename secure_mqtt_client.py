@@ -9,20 +9,24 @@ From the top: the help, the lab's request with its four messages, the other role
 stand on is in crypto.py, the lab's cryptography, and in secure_mqtt, which lists its modules.
 """
 
-import contextlib
 import os
-import signal
 import sys
-import time
-from functools import partial
-from typing import TYPE_CHECKING, cast
 
-# Before anything is imported that an older Python cannot even read.
+# Before anything is imported that takes time, or that an older Python cannot even read.
+if __name__ == "__main__":  # Ctrl-C causes no traceback, before main() or in an import within it
+    sys.excepthook = lambda kind, error, trace: (
+        os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, error, trace)
+    )
+    sys.unraisablehook = lambda it: sys.excepthook(it.exc_type, it.exc_value, it.exc_traceback)  # type: ignore[arg-type]
 if sys.version_info < (3, 10) or sys.platform not in ("linux", "darwin"):
     where = f"Python {sys.version.split()[0]} on {sys.platform}"
     sys.exit(f"secure_mqtt_client.py: error: needs Python 3.10+ on Linux or macOS, not {where}")
-if __name__ == "__main__":  # until main() can end the program without a traceback, Ctrl-C waits
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
+import contextlib
+import signal
+import time
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from crypto import CryptoError
 from secure_mqtt.command_line import parse_settings
@@ -215,7 +219,7 @@ def run_session(settings: "Settings") -> None:
 def run_responder(settings: "Settings") -> None:
     """Answer requests until SIGINT or SIGTERM."""
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))  # before there is anything to finish
+        signal.signal(number, lambda *_: os._exit(0))  # before there is anything to finish
     begin_log(settings)
     from secure_mqtt.local import local_broker
     from secure_mqtt.responder import Responder
@@ -264,7 +268,6 @@ def main(argv: list[str] | None = None) -> int:
     :return: the exit status
     """
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         settings = settings_from(sys.argv[1:] if argv is None else argv)
         run = run_session if settings.lines else run_request
         (run_responder if settings.respond else run)(settings)
@@ -281,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         return report(ProgramError(str(error)))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except SystemExit:  # argparse after --help or --version, or a responder that was just started
+    except SystemExit:  # argparse after --help or --version
         pass
     return 0
 

@@ -42,4 +42,5 @@ status         the status that a responder publishes
 size_limit     how large an answer may be for a broker
 responder      the other end: it stays connected
 local          what --local brings: a broker, and a responder
+not_installed  what answers to pip install: the program is run where it lies
 """

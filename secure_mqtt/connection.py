@@ -98,7 +98,7 @@ class Network:
         :param read: reads from the socket
         """
         if not self._unread:
-            data = read(max(size, READ_SIZE))
+            data = read(READ_SIZE)  # however much it wants: memory is taken as it is filled
             self._received, self._unread = BytesIO(data), len(data)
         self._unread = max(0, self._unread - size)
         return self._received.read(size)

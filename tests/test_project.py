@@ -15,6 +15,7 @@ from conftest import PROGRAM, ROOT, SAFETY, copy_program
 
 import secure_mqtt_client as program
 from secure_mqtt.keyring import MAX_TOKENS
+from secure_mqtt.not_installed import REFUSAL
 from secure_mqtt.session import IN_ORDER
 
 
@@ -50,8 +51,12 @@ def test_the_oldest_python_is_the_one_that_the_tools_check_for() -> None:
     assert f'python_version = "{oldest.removeprefix(">=")}"' in text_of("pyproject.toml")
 
 
+def test_the_responder_remembers_what_a_session_does_under_one_key() -> None:
+    assert IN_ORDER.max_requests * 2 == MAX_TOKENS
+
+
 PIP: dict[str, list[str]] = {
-    "pip install .": ["install", "."],
+    "install": ["install", "."],
     "without isolation": ["install", "--no-build-isolation", "."],
     "editable": ["install", "--editable", "."],
     "a wheel": ["wheel", "."],
@@ -59,12 +64,10 @@ PIP: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("case", PIP)
-def test_pip_is_refused_with_what_to_do_instead(case: str, tmp_path: Path) -> None:
+def test_pip_says_that_there_is_nothing_to_install(case: str, tmp_path: Path) -> None:
     """Also where there is no network."""
     copy_program(tmp_path)
-    for name in "pyproject.toml", "dhparam4096.pem", "README.md":
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     subprocess.run([sys.executable, "-m", "venv", tmp_path / ".venv"], check=True, timeout=SAFETY)
     env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     command = [str(tmp_path / ".venv/bin/python"), "-m", "pip", *PIP[case]]
@@ -72,13 +75,9 @@ def test_pip_is_refused_with_what_to_do_instead(case: str, tmp_path: Path) -> No
         command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=SAFETY
     )
     assert result.returncode == 1
-    assert "secure_mqtt_client.py is not to be installed: it runs from its folder" in result.stderr
+    assert REFUSAL in " ".join((result.stdout + result.stderr).split())
     assert "Traceback" not in result.stderr
-    assert "Successfully" not in result.stdout
-
-
-def test_the_responder_remembers_what_a_session_does_under_one_key() -> None:
-    assert IN_ORDER.max_requests * 2 == MAX_TOKENS
+    assert not any(tmp_path.rglob("*.whl"))
 
 
 def test_the_version_is_the_newest_in_the_changelog() -> None:

@@ -9,20 +9,24 @@ From the top: the help, the lab's request with its four messages, the other role
 stand on is in crypto.py, the lab's cryptography, and in secure_mqtt, which lists its modules.
 """
 
-import contextlib
 import os
-import signal
 import sys
-import time
-from functools import partial
-from typing import TYPE_CHECKING, cast
 
-# Before anything is imported that an older Python cannot even read.
+# Before anything is imported that takes time, or that an older Python cannot even read.
+if __name__ == "__main__":  # Ctrl-C causes no traceback, before main() or in an import within it
+    sys.excepthook = lambda kind, error, trace: (
+        os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, error, trace)
+    )
+    sys.unraisablehook = lambda it: sys.excepthook(it.exc_type, it.exc_value, it.exc_traceback)  # type: ignore[arg-type]
 if sys.version_info < (3, 10) or sys.platform not in ("linux", "darwin"):
     where = f"Python {sys.version.split()[0]} on {sys.platform}"
     sys.exit(f"secure_mqtt_client.py: error: needs Python 3.10+ on Linux or macOS, not {where}")
-if __name__ == "__main__":  # until main() can end the program without a traceback, Ctrl-C waits
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
+import contextlib
+import signal
+import time
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from crypto import CryptoError
 from secure_mqtt.command_line import parse_settings
@@ -43,67 +47,83 @@ usage: secure_mqtt_client.py [options] NETID ACTION MESSAGE
        secure_mqtt_client.py [options] --lines NETID ACTION -
        secure_mqtt_client.py [options] --respond [NETID]
 
-Send one MQTT request that not even the broker can read, and print the answer;
-or one for each line; or answer such requests.
+Send a text over MQTT to a responder that transforms it, and print the answer.
+The text is encrypted from end to end: no broker that reads along learns it.
+(lab) marks what is in the course's lab; all else is an addition to it.
 
 request:
-  NETID                  who asks: one level of the topic, at most 64 characters
-  ACTION                 uppercase, lowercase, title-case, reverse, shuffle or
-                         random (drops and doubles characters)
-  MESSAGE                the text; - reads standard input, whole
-  -W, --timeout SECONDS  give up after so long in all, or without a next answer
-                         to --lines (default: 30)
-  --suite SUITE          dh4096, the lab's (default); x25519: faster, and each
-                         message fits its place only; mlkem768x25519: like it,
-                         and no recording falls to a quantum computer
-  --lines                send each line of standard input as a request
-  --rekey SECONDS        agree on new keys so often (with --lines)
+  NETID                  (lab) who asks: a name of 1 to 64 characters, which the
+                         topics of the messages begin with
+  ACTION                 (lab) uppercase, lowercase, title-case, reverse,
+                         shuffle or random (drops and doubles characters)
+  MESSAGE                (lab) the text; other users of this machine can read it
+                         here, so - takes standard input instead, to its end
+  --lines                with - as MESSAGE: each line is a request of its own,
+                         and gets its answer on a line
+  --rekey SECONDS        with --lines: agree on a new key so often
+  --suite SUITE          how to agree on a key, and encrypt: dh4096, the lab's
+                         (default); x25519, faster, and an answer is accepted
+                         for its own request only; mlkem768x25519, the same,
+                         and what is recorded today withstands a later quantum
+                         computer
+  -W, --timeout SECONDS  end with an error after so long without the answer, or
+                         with --lines without a further one (default: 30)
 
 responder:
-  --respond              answer the requests of all NETIDs, or of one
-  --status-topic TOPIC   publish there, retained, whether it runs, and counts
+  --respond              answer requests, of every NETID or of the one given
+  --status-topic TOPIC   publish there whether it runs, and what it has done
 
 broker:
-  -h, --host HOST        name or address (default: localhost)
-  -p, --port PORT        TCP port (default: 1884, with TLS 8883)
-  -i, --id ID            MQTT client ID (default: NETID, as the lab wants it;
-                         with --cert or --username NETID, a hyphen and 16
-                         random digits; for a responder a random one)
-  --local                run a broker for this command, and for a request a
+  -h, --host HOST        (lab) its name or address (default: localhost)
+  -p, --port PORT        (lab) its TCP port (default: 1884, with TLS 8883)
+  -i, --id ID            our MQTT client ID (default: NETID, as in the lab; with
+                         --cert or --username NETID, a hyphen and 16 random
+                         digits; for a responder a random one)
+  -u, --username NAME    log in under this name (default: MQTT_USERNAME in the
+                         environment)
+  --password-file FILE   take the password from FILE, or with - ask for it at
+                         the terminal (default: MQTT_PASSWORD in the
+                         environment)
+  --local                run a broker for this command only, and for a request a
                          responder, too (needs the package amqtt)
 
-security from end to end:
-  --identity FILE        sign with the private key in this file, and send its
-                         certificates with it (PEM, not encrypted)
-  --peer-ca FILE         accept only a peer that these authorities certify
-                         (PEM); a responder expects the NETID as its name
-  --peer-name NAME       the responder's name (default: responder)
+security of the texts, from end to end, against the broker itself:
+  --identity FILE        prove who we are: sign with the private key in FILE,
+                         which also holds its certificates (PEM, not encrypted)
+  --peer-ca FILE         accept only who proves its name by a certificate of an
+                         authority in FILE (PEM): the responder, or for a
+                         responder the NETID that asks
+  --peer-name NAME       with --peer-ca: the responder's name in its certificate
+                         (default: responder)
 
-security of the connection (each of the first five turns TLS on):
-  --cafile FILE          trust the authorities in this file (PEM)
-  --tls                  trust the authorities that the system trusts
-  --insecure             trust any broker: no protection from an active attacker
-  --cert FILE            our certificate, and intermediate ones (PEM)
-  --key FILE             its private key (PEM, not encrypted)
-  -u, --username NAME    (default: MQTT_USERNAME in the environment)
-  --password-file FILE   holds the password, - asks for it (default:
-                         MQTT_PASSWORD in the environment)
+security of the connection to the broker, by TLS:
+  --cafile FILE          use TLS, and trust the authorities in FILE (PEM)
+  --tls                  use TLS, and trust the authorities of the system
+  --insecure             use TLS, and trust anybody who says to be the broker
+  --cert FILE            use TLS, and show the certificate in FILE (PEM), with
+                         intermediate ones after it; needs --key
+  --key FILE             the private key of --cert (PEM, not encrypted)
 
 other:
-  --config FILE          read options from this file, too, one a line, without
-                         quotes, # for comments; the command line wins
-  -v, --verbose          say on stderr what happens; never a key or a text
+  --config FILE          take options from FILE as well: one a line, as above,
+                         values without quotes, # in front of comments; what is
+                         given on the command line wins
+  -v, --verbose          (lab) say on standard error what happens, but neither
+                         keys nor texts
   --help                 print this help, as does -h alone
   --version              print the version
 
 exit status:
-  0 the response was printed, 1 it was not, 2 wrong usage, 130 Ctrl-C;
-  a responder that SIGINT or SIGTERM stops exits with 0
+  0 the answer was printed whole; 1 it was not; 2 wrong usage; 130 Ctrl-C;
+  a responder that SIGINT or SIGTERM stops ends with 0
+
+It needs Python 3.10 or newer, on Linux or macOS.
 
 examples:
   secure_mqtt_client.py --local le0nh4rt uppercase "Networking is the best!"
-  secure_mqtt_client.py -h broker.example.org le0nh4rt reverse - < message.txt
   secure_mqtt_client.py --respond
+  secure_mqtt_client.py -v le0nh4rt reverse "Networking is the best!"
+  secure_mqtt_client.py le0nh4rt uppercase - < message.txt
 """
 USAGE = HELP.partition("\n\n")[0]
 
@@ -201,7 +221,7 @@ def run_session(settings: "Settings") -> None:
 def run_responder(settings: "Settings") -> None:
     """Answer requests until SIGINT or SIGTERM."""
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))  # before there is anything to finish
+        signal.signal(number, lambda *_: os._exit(0))  # before there is anything to finish
     begin_log(settings)
     from secure_mqtt.local import local_broker
     from secure_mqtt.responder import Responder
@@ -250,7 +270,6 @@ def main(argv: list[str] | None = None) -> int:
     :return: the exit status
     """
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         settings = settings_from(sys.argv[1:] if argv is None else argv)
         run = run_session if settings.lines else run_request
         (run_responder if settings.respond else run)(settings)
@@ -267,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         return report(ProgramError(str(error)))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except SystemExit:  # argparse after --help or --version, or a responder that was just started
+    except SystemExit:  # argparse after --help or --version
         pass
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -54,17 +55,29 @@ def test_the_responder_remembers_what_a_session_does_under_one_key() -> None:
     assert IN_ORDER.max_requests * 2 == MAX_TOKENS
 
 
-@pytest.mark.parametrize("how", [[], ["--editable"]], ids=["install", "editable"])
-def test_pip_says_that_there_is_nothing_to_install(how: list[str], tmp_path: Path) -> None:
+PIP: dict[str, list[str]] = {
+    "install": ["install", "."],
+    "without isolation": ["install", "--no-build-isolation", "."],
+    "editable": ["install", "--editable", "."],
+    "a wheel": ["wheel", "."],
+}
+
+
+@pytest.mark.parametrize("case", PIP)
+def test_pip_says_that_there_is_nothing_to_install(case: str, tmp_path: Path) -> None:
+    """Also where there is no network."""
     copy_program(tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--target", str(tmp_path / "to")]
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / ".venv"], check=True, timeout=SAFETY)
+    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    command = [str(tmp_path / ".venv/bin/python"), "-m", "pip", *PIP[case]]
     result = subprocess.run(
-        [*pip, *how, str(tmp_path)], capture_output=True, text=True, timeout=SAFETY
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=SAFETY
     )
     assert result.returncode == 1
     assert REFUSAL in " ".join((result.stdout + result.stderr).split())
-    assert not (tmp_path / "to").exists()
+    assert "Traceback" not in result.stderr
+    assert not any(tmp_path.rglob("*.whl"))
 
 
 def test_the_version_is_the_newest_in_the_changelog() -> None:

@@ -34,10 +34,12 @@ from secure_mqtt.errors import INSTALL, ProgramError, UsageError, WorkerError
 from secure_mqtt.log import PROGRAM, log, set_up_log
 from secure_mqtt.streams import is_utf8, read_message, say, tell_of_input, write_output
 from secure_mqtt.suites import SUITES, UnavailableError
+from secure_mqtt.terminal import is_at_terminal
 
 if TYPE_CHECKING:  # else loaded where it is used: --help and usage errors need no network
     from secure_mqtt.connection import Connection
     from secure_mqtt.exchange import Exchange
+    from secure_mqtt.responder import Responder
     from secure_mqtt.settings import Settings
 
 __version__ = "3.0.0"
@@ -222,6 +224,8 @@ def run_responder(settings: "Settings") -> None:
     """Answer requests until SIGINT or SIGTERM."""
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: os._exit(0))  # before there is anything to finish
+    # Nohup lets it be ignored; else it is, until there are files to be read again.
+    ignores_hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN) == signal.SIG_IGN
     begin_log(settings)
     from secure_mqtt.local import local_broker
     from secure_mqtt.responder import Responder
@@ -231,9 +235,24 @@ def run_responder(settings: "Settings") -> None:
     responder = Responder(settings, lambda: say(f"ready: {settings.broker}, for {whom}"))
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: responder.stop())
+    if not ignores_hangup:
+        heed_hangup(responder)
     local = local_broker(settings)
     with local if settings.local else contextlib.nullcontext(), contextlib.suppress(TimeoutError):
         supervise(responder.run, responder.end)
+
+
+def heed_hangup(responder: "Responder") -> None:
+    """Let SIGHUP make a responder read its files again or, if its terminal is closed, stop it."""
+    was_at_terminal = is_at_terminal()
+
+    def heed(*_: object) -> None:
+        if was_at_terminal and not is_at_terminal():
+            responder.stop()
+        else:
+            responder.renew()
+
+    signal.signal(signal.SIGHUP, heed)
 
 
 # --- main --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Each module imports only from those above it:
 
 errors         what can go wrong, in the user's words
-terminal       what a terminal must not be made to do
+terminal       what a terminal must not be made to do, and whether there is one
 log            the log: for a person, or for programs
 actions        topics, NetIDs and the lab's six actions
 settings       what the command line says, and the files that it names
@@ -16,6 +16,7 @@ faults         why there is no connection to the broker
 mailboxes      what has come over a connection and is not handled yet, and what has gone
 postponed      an import that waits until something is used
 connection     the connection to the broker: the only user of paho
+link           a responder's connection, and for a while the one before it
 suites         how two ends agree on keys, and how they encrypt with them
 hints          what was probably meant, where the command line is wrong
 config         the file that --config names
@@ -39,6 +40,8 @@ exchanges      how a responder answers key exchanges
 requests       how a responder answers requests
 desk           where a responder takes messages in, and answers them in turn
 status         the status that a responder publishes
+orders         what a responder is told while it runs: to stop, or to read its files again
+service        what a service manager is told
 size_limit     how large an answer may be for a broker
 responder      the other end: it stays connected
 local          what --local brings: a broker, and a responder

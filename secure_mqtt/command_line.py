@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from secure_mqtt.actions import ACTIONS, NETID
 from secure_mqtt.errors import UsageError
 from secure_mqtt.log import PROGRAM
-from secure_mqtt.settings import Settings, client_id, read_file
+from secure_mqtt.settings import Settings, client_id, read_password
 from secure_mqtt.streams import is_utf8, write_output
 from secure_mqtt.suites import SUITES
 
@@ -284,8 +284,7 @@ def password(settings: Settings) -> bytes | None:
     if settings.password_file == "-":  # noqa: S105
         return ask_password(settings.username)
     if settings.password_file:
-        content = read_file("--password-file", settings.password_file)
-        return content.removesuffix(b"\n").removesuffix(b"\r")
+        return read_password(settings.password_file)
     return None if environment is None else os.fsencode(environment)
 
 

@@ -176,7 +176,20 @@ class Connection:
 
     def __exit__(self, error: object, *exc_info: object) -> None:
         """Disconnect; after an error without a word, so that the broker publishes the will."""
-        self._network.close(is_orderly=error is None)
+        self.close(is_orderly=error is None)
+
+    def close(self, is_orderly: bool) -> None:
+        """Disconnect; else without a word, so that the broker publishes the will."""
+        self._network.close(is_orderly)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something that select() can wait for."""
+        return self._client.socket() is not None
+
+    def fileno(self) -> int:
+        """Return what select() waits for, while it is open."""
+        return int(self._client.socket().fileno())  # type: ignore[union-attr]
 
     def connect(self) -> None:
         """Connect, and wait for the CONNACK. ProgramError if that fails, or it is a refusal."""

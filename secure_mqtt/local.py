@@ -13,7 +13,7 @@ from secure_mqtt.connection import LOOP_INTERVAL
 from secure_mqtt.errors import INSTALL, ProgramError
 from secure_mqtt.log import log
 from secure_mqtt.responder import DRAINING_TIME, Responder
-from secure_mqtt.settings import Settings, random_id
+from secure_mqtt.settings import Settings
 
 
 @contextlib.contextmanager
@@ -78,7 +78,6 @@ def local_services(settings: Settings) -> Iterator[None]:
     its_settings = Settings(
         netid=settings.netid,
         host=settings.host,
-        id=random_id(),
         username=settings.username,
         password=settings.password,
         timeout=settings.timeout,

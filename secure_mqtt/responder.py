@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import select
-import socket
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from crypto import read_group
 from secure_mqtt.actions import REQUEST
 from secure_mqtt.chores import Credentials
-from secure_mqtt.connection import Connection, backoff
+from secure_mqtt.connection import backoff
 from secure_mqtt.desk import Desk
 from secure_mqtt.errors import ProgramError, UnusableError, WorkerError
+from secure_mqtt.link import Link
 from secure_mqtt.log import event
+from secure_mqtt.orders import Orders
 from secure_mqtt.reports import Reports
+from secure_mqtt.service import notify, notify_reloading
 from secure_mqtt.settings import Settings, peer_files
 from secure_mqtt.size_limit import SizeLimit
 from secure_mqtt.status import Status
@@ -45,10 +45,12 @@ class Responder:
         self._reports = Reports()
         self._desk = Desk(settings.netid, self._reports)
         self._desk.exchanges.use(credentials)
+        self._desk.replies.publish = self._publish
         self._limit = SizeLimit()
-        self._stopping, self._stop = socket.socketpair()
-        self._is_stopped = self._is_connected = False
-        self._end = float("inf")
+        self._orders = Orders()
+        self._is_connected = False
+        self._status = Status(settings.status_topic, self._reports, self._desk.keyring)
+        self._link = Link(settings, REQUEST.format(settings.netid or "+", "+"), self._status.will)
         load_suites()
 
     def run(self) -> None:
@@ -57,17 +59,11 @@ class Responder:
         :raises ProgramError: the broker refuses for good, or a process was lost
         """
         delays = backoff()
-        while not self._is_stopped:
-            mqtt = None
+        while not self._orders.is_stopped:
             try:
-                self._desk.exchanges.use(Credentials(*peer_files(self._settings)))
-                status = Status(self._settings.status_topic, self._reports, self._desk.keyring)
-                mqtt = Connection(self._settings, status.will)
-                with mqtt:
-                    mqtt.connect()
-                    event("connected", broker=self._settings.broker, tls=mqtt.security())
-                    delays = backoff()
-                    self._serve(mqtt, status)
+                self._connect()
+                delays = backoff()
+                self._serve()
             except WorkerError:
                 hint = "start the responder again; the machine may be short of memory"
                 raise ProgramError("a process of the responder was ended", hint) from None
@@ -75,56 +71,83 @@ class Responder:
                 if error.is_final:
                     raise
                 self._reports.disconnected(error)
-                if mqtt:
-                    self._limit.connection_lost(mqtt.outbox)
+                self._limit.connection_lost(self._link.close(is_orderly=False))
             self._is_connected = False
-            if not self._is_stopped:
-                select.select([self._stopping], [], [], next(delays))
+            if not self._orders.is_stopped:
+                notify("WATCHDOG=1")
+                self._orders.wait(next(delays))
         event("stopped")
 
     def stop(self) -> None:
         """Make run() finish what is being answered and return; safe in a signal handler."""
-        self._is_stopped = True
-        draining_time = DRAINING_TIME if self._is_connected else 0
-        self._end = min(self._end, time.monotonic() + draining_time)
-        self._stop.close()  # wakes who waits for the other end
+        notify("STOPPING=1")
+        self._orders.stop(DRAINING_TIME if self._is_connected else 0)
+
+    def renew(self) -> None:
+        """Make run() read the files again, and connect anew; safe in a signal handler."""
+        self._orders.renew()
 
     def end(self) -> float:
         """Return when it is to be left as it is, of time.monotonic()."""
-        return self._end
+        return self._orders.end
 
-    def _serve(self, mqtt: Connection, status: Status) -> None:
-        topic = REQUEST.format(self._settings.netid or "+", "+")
-        mqtt.subscribe(topic)
-        mqtt.stage = "requests"
-        self._desk.replies.publish = partial(self._publish, mqtt)
+    def _connect(self) -> None:
+        """Connect and subscribe, with the files as they are now.
+
+        :raises ProgramError: that can't be done; an older connection stays in use, with its files
+        """
+        notify("WATCHDOG=1")
+        credentials = Credentials(*peer_files(self._settings))
+        self._link.open()
+        self._desk.exchanges.use(credentials)
+        self._status.hasten()
         self._is_connected = True
-        event("ready", topic=topic)
+        event("ready", topic=self._link.topic)
         self._on_ready()
+        notify("READY=1")
+
+    def _serve(self) -> None:
         sweep_at = time.monotonic()
-        while not self._is_stopped:
+        while not self._orders.is_stopped:
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_INTERVAL
-                self._desk.keyring.sweep()
-                self._reports.sum_up(sweep_at)
-                status.publish_when_due(mqtt)
-            self._go_on(mqtt, self._stopping)
+                self._sweep(sweep_at)
+            self._go_on(self._orders)
+            if not self._link.is_changing_over and self._orders.take_renewal():
+                self._renew()
         while self._desk.labour.is_busy:
-            self._go_on(mqtt)
-        status.publish_end(mqtt)
-        mqtt.flush()
+            self._go_on()
+        self._status.publish_end(self._link)
+        self._link.flush()
+        self._link.close(is_orderly=True)
 
-    def _go_on(self, mqtt: Connection, *others: Any) -> None:
+    def _sweep(self, now: float) -> None:
+        """Do what is to be done from time to time."""
+        notify("WATCHDOG=1")
+        self._desk.keyring.sweep()
+        self._reports.sum_up(now)
+        self._status.publish_when_due(self._link)
+
+    def _renew(self) -> None:
+        """Change over to a new connection, with the files as they are now, or go on as before."""
+        notify_reloading()
+        try:
+            self._connect()
+        except ProgramError as error:
+            event("unchanged", is_warning=True, reason=str(error), hint=error.hint)
+            notify("READY=1")
+
+    def _go_on(self, *others: Any) -> None:
         """Do what there is to do now, or comes in the next moment."""
         has_more = self._desk.work(time.monotonic() + WORK_TIME)
-        for ready in mqtt.wait([*self._desk.labour.pool.workers, *others], is_busy=has_more):
+        for ready in self._link.wait([*self._desk.labour.pool.workers, *others], is_busy=has_more):
             if ready not in others:
                 self._desk.take_result(ready)
-        while mqtt.inbox:
-            self._desk.receive(mqtt.inbox.take())
-        self._reports.dropped(mqtt.inbox.take_dropped())
+        for message in self._link.messages():
+            self._desk.receive(message)
+        self._reports.dropped(self._link.take_dropped())
 
-    def _publish(self, mqtt: Connection, topic: str, payload: bytes) -> None:
+    def _publish(self, topic: str, payload: bytes) -> None:
         self._limit.check(len(payload))
-        if not mqtt.publish(topic, payload):
+        if not self._link.publish(topic, payload):
             raise UnusableError("the broker does not take the answer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -118,12 +119,25 @@ def client_id(settings: Settings) -> str:
     guess lets several use a NetID at once, and none throw another off.
     """
     if settings.respond:
-        return random_id()
+        return ""  # it takes one for each connection
     if settings.cert or settings.username:
         return f"{settings.netid}-{os.urandom(8).hex()}"
     return settings.netid
 
 
-def random_id() -> str:
-    """Return a client ID for a responder, since the NetID is the client's."""
-    return f"responder{os.urandom(4).hex()}"  # every broker takes 23 of these (3.1.1, 3.1.3.1)
+def for_connection(settings: Settings) -> Settings:
+    """Return a responder's settings for a new connection: a client ID, the password as it is now.
+
+    :raises UsageError: the password can't be read
+    """
+    own = copy.copy(settings)
+    # Since the NetID is the client's. Every broker takes 23 characters of these (3.1.1, 3.1.3.1).
+    own.id = settings.id or f"responder{os.urandom(4).hex()}"
+    if settings.password_file not in ("", "-"):
+        own.password = read_password(settings.password_file)
+    return own
+
+
+def read_password(name: str) -> bytes:
+    """Return the password in a file, without the end of its line. UsageError: it can't be read."""
+    return read_file("--password-file", name).removesuffix(b"\n").removesuffix(b"\r")

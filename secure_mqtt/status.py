@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 
-from secure_mqtt.connection import Connection
 from secure_mqtt.keyring import Keyring
+from secure_mqtt.link import Link
 from secure_mqtt.reports import Reports
 
 INTERVAL = 30.0  # seconds
@@ -15,7 +15,7 @@ STARTED = time.monotonic()
 
 
 class Status:
-    """The status on one connection."""
+    """The status of a responder, as long as it runs."""
 
     def __init__(self, topic: str, reports: Reports, keyring: Keyring) -> None:
         """Prepare to publish what is counted, retained; an empty topic: nothing."""
@@ -25,7 +25,11 @@ class Status:
         self._keyring = keyring
         self._due = 0.0  # of time.monotonic()
 
-    def publish_when_due(self, mqtt: Connection) -> None:
+    def hasten(self) -> None:
+        """Let it be time to publish: on a new connection."""
+        self._due = 0.0
+
+    def publish_when_due(self, link: Link) -> None:
         """Publish the status, if it is time for that."""
         now = time.monotonic()
         if self._topic and now >= self._due:
@@ -33,9 +37,9 @@ class Status:
             uptime = round(now - STARTED)
             counts = {**self._reports.counts, "netids": len(self._keyring)}
             status = {"status": "online", **counts, "uptime_seconds": uptime}
-            mqtt.publish(self._topic, json.dumps(status).encode(), retain=True)
+            link.publish(self._topic, json.dumps(status).encode(), retain=True)
 
-    def publish_end(self, mqtt: Connection) -> None:
+    def publish_end(self, link: Link) -> None:
         """Publish that the responder has ended."""
         if self._topic:
-            mqtt.publish(self._topic, OFFLINE, retain=True)
+            link.publish(self._topic, OFFLINE, retain=True)

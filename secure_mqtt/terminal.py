@@ -1,7 +1,8 @@
-"""What a terminal must not be made to do."""
+"""The terminal: what it must not be made to do, and whether there is one."""
 
 from __future__ import annotations
 
+import os
 import re
 
 # What a terminal obeys instead of showing it: C0, but for tab and newline, DEL and C1 (ECMA-48).
@@ -14,3 +15,12 @@ UNSAFE = re.compile(
 def visible(text: str) -> str:
     """Return a text whose controls are escaped as in Python, so that a terminal obeys none."""
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def is_at_terminal() -> bool:
+    """Tell whether there is a terminal that ends what was started at it when it is closed."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

@@ -17,6 +17,7 @@ from secure_mqtt.errors import ProgramError, WorkerError
 
 CHECK_INTERVAL = 1.0  # seconds between looks at a deadline, which may have moved
 LENGTH_SIZE = 8  # bytes of the size that precedes what is sent to a worker or comes from it
+PARENTS_SIGNALS = signal.SIGHUP, signal.SIGINT, signal.SIGTERM
 T = TypeVar("T")
 
 
@@ -111,11 +112,12 @@ def _read(channel: socket.socket, size: int) -> bytearray:
 def _fork() -> int | None:
     """Do as os.fork() does, or return None if that fails.
 
-    The child never gets what stops its parent, which may still need it.
+    The child never gets what is for its parent: to stop, since the parent may still need it, or to
+    read files again.
     """
     process = None
     with contextlib.suppress(AttributeError, OSError):  # Windows; a limit on processes
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
         try:
             process = os.fork()
         finally:

@@ -29,6 +29,7 @@ import secure_mqtt_client as program
 from secure_mqtt.actions import ACTIONS
 from secure_mqtt.command_line import build_parser
 from secure_mqtt.errors import UsageError
+from secure_mqtt.settings import for_connection
 
 certificates = broker_side.certificates
 REQUEST = ("le0nh4rt", "uppercase", "text")
@@ -406,10 +407,11 @@ def test_where_a_broker_knows_its_clients_nobody_can_guess_a_client_id(
     assert program.settings_from([*options, "--id=me", *REQUEST]).id == "me"
 
 
-def test_a_responder_has_a_client_id_of_its_own() -> None:
-    one, other = (program.settings_from(["--respond", "x"]).id for _ in range(2))
-    assert len({one, other, "x"}) == 3
-    assert program.settings_from(["--respond", "--id", "me"]).id == "me"
+def test_each_connection_of_a_responder_has_a_client_id_of_its_own() -> None:
+    settings = program.settings_from(["--respond", "x"])
+    assert len({"", "x", *(for_connection(settings).id for _ in range(20))}) == 22
+    own = program.settings_from(["--respond", "--id", "me"])
+    assert for_connection(own).id == "me"
 
 
 # --- where it is started, and with what --------------------------------------------------------

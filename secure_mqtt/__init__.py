@@ -34,6 +34,7 @@ chores         what takes a responder long, so that its workers do it
 pool           who of a responder's workers is idle, and who has whose result
 powers         powers in the lab's group: made ahead, or when somebody waits for them
 labour         messages wait for their NetID's turn, and NetIDs for a worker
+counts         what a responder counts, for whoever watches it
 reports        what a responder says of its work: its log, and its counts
 replies        what a responder says to a message: an answer, or nothing
 exchanges      how a responder answers key exchanges

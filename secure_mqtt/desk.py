@@ -34,10 +34,16 @@ class Desk:
         self._netid = netid
         self._reports = reports
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of what it keeps."""
+        return {"netids": len(self.keyring)}
+
     def receive(self, message: Message) -> None:
         """Take a message in, to be answered when it is its NetID's turn."""
         netid, action, suffix, *_ = (*message.topic.split("/", 2), "", "")
         incoming = Incoming(netid, action, message.payload, time.monotonic())
+        self._reports.counts.received()
         is_ours = NETID.fullmatch(netid) and self._netid in ("", netid)
         if not is_ours or suffix != "request" or message.is_retained:
             problem = "retained, or on a topic that was not subscribed to"

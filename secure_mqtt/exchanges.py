@@ -47,14 +47,18 @@ class Exchanges:
             return
         key_pair = powers.take_key_pair() if suite.is_slow else None
         work = message.netid, message.payload, self._credentials, key_pair
-        finish = partial(self._finish, self._credentials)
+        finish = partial(self._finish, self._credentials, suite.name)
         if takes_long:
             pool.give(partial(self._replies.attempt, message, finish), "exchange", *work)
         else:
             finish(message, partial(answer_exchange, *work))
 
     def _finish(
-        self, credentials: Credentials, message: Incoming, result: Callable[[], Answer]
+        self,
+        credentials: Credentials,
+        suite: str,
+        message: Incoming,
+        result: Callable[[], Answer],
     ) -> None:
         """Send the answer, and keep the key."""
         answer = result()
@@ -63,8 +67,8 @@ class Exchanges:
         if credentials.authority:
             self._replays.check(message.payload)
             self._replays.add(message.payload)
-        self._replies.send(message, answer.response)
-        key = Key(message.netid, answer.cipher, answer.coming, answer.expires)
+        self._replies.send(message, answer.response, suite)
+        key = Key(message.netid, answer.cipher, answer.coming, answer.expires, suite)
         self._keyring.add(key)
         if answer.coming:
             self._labour.powers.add(key)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from crypto import TokenError
 from secure_mqtt.actions import MAX_TEXT
 from secure_mqtt.errors import UnusableError
-from secure_mqtt.suites import Cipher, LabResponder
+from secure_mqtt.suites import LAB, Cipher, LabResponder
 
 KEYS_PER_NETID = 8  # so many clients can use a NetID at the same time
 MAX_PROVEN = 80_000  # keys that have opened a request, of all NetIDs
@@ -29,7 +29,10 @@ MAX_TOKEN_BYTES = 2**25  # of all keys
 class Key:
     """A key that some client of a NetID has."""
 
-    __slots__ = ("_number", "cipher", "coming", "expires", "is_proven", "netid", "tokens", "used")
+    __slots__ = (
+        *("_number", "cipher", "coming", "expires", "is_proven", "netid"),
+        *("suite", "tokens", "used"),
+    )
 
     def __init__(
         self,
@@ -37,16 +40,19 @@ class Key:
         cipher: Cipher | None,
         coming: LabResponder | None = None,
         expires: float = float("inf"),
+        suite: str = LAB.name,
     ) -> None:
         """Take what an exchange has yielded.
 
         :param coming: what the cipher can be derived from, if that is still to be done
         :param expires: when the certificate under which it was made ends, of time.time()
+        :param suite: the name of the suite in which it was made
         """
         self.netid = netid
         self.cipher = cipher
         self.coming = coming
         self.expires = expires
+        self.suite = suite
         self.used = time.monotonic()
         self.is_proven = False  # whether it has opened a request
         self.tokens = bytearray()  # what is remembered of those that came and went, in order

@@ -19,10 +19,13 @@ class Replies:
         self.publish: Callable[[str, bytes], None]  # raises UnusableError
         self._reports = reports
 
-    def send(self, message: Incoming, payload: bytes) -> None:
-        """Publish the answer to a message. UnusableError if that can't be done."""
+    def send(self, message: Incoming, payload: bytes, suite: str) -> None:
+        """Publish the answer to a message. UnusableError if that can't be done.
+
+        :param suite: the name of that in which they are
+        """
         self.publish(RESPONSE.format(message.netid, message.action), payload)
-        self._reports.answered(message)
+        self._reports.answered(message, suite)
 
     def attempt(self, message: Incoming, action: Callable[..., None], *arguments: Any) -> None:
         """Do something for a message, and ignore it if that can't be done.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from secure_mqtt.actions import KEY_EXCHANGE
+from secure_mqtt.counts import Counts
 from secure_mqtt.errors import ProgramError
 from secure_mqtt.log import event
 from secure_mqtt.turns import Incoming
@@ -19,7 +20,7 @@ class Reports:
     """Counts what was answered and what was not, and says so."""
 
     def __init__(self) -> None:
-        self.counts = {"exchanges": 0, "requests": 0, "failures": 0}
+        self.counts = Counts()
         self._ignored = 0  # messages since the last report
         self._dropped = 0
         self._report_at = 0.0  # of time.monotonic()
@@ -33,9 +34,9 @@ class Reports:
         self._given.add(error.hint)
         event("disconnected", is_warning=True, reason=str(error), **hint)
 
-    def answered(self, message: Incoming) -> None:
-        """Note that a message was answered."""
-        self.counts["exchanges" if message.action == KEY_EXCHANGE else "requests"] += 1
+    def answered(self, message: Incoming, suite: str) -> None:
+        """Note that a message was answered, which is of a suite."""
+        self.counts.answered(message.action == KEY_EXCHANGE, suite)
         event(
             "answered",
             netid=message.netid,
@@ -46,7 +47,7 @@ class Reports:
 
     def ignored(self, message: Incoming, reason: str) -> None:
         """Note that a message was not answered. A flood of those shall not fill the disk."""
-        self.counts["failures"] += 1
+        self.counts.refused(reason)
         if reason == NO_KEY and self._is_one_of_many():
             return
         self._ignored += 1
@@ -66,6 +67,7 @@ class Reports:
     def dropped(self, count: int) -> None:
         """Note how many messages were dropped, since there was no room."""
         self._dropped += count
+        self.counts.dropped += count
 
     def sum_up(self, now: float) -> None:
         """Say how much was dropped, or ignored without a line of its own, if it is time for that.

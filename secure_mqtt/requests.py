@@ -41,7 +41,7 @@ class Requests:
             return
         answer = seal_answer(netid, action, opened.cipher, opened.number, opened.text)
         self._keyring.note_answer(opened.key, opened.number, answer)
-        self._replies.send(message, answer)
+        self._replies.send(message, answer, opened.key.suite)
 
     def derive(self, key: Key) -> None:
         """Let an idle worker derive a key."""
@@ -71,7 +71,7 @@ class Requests:
         key = keys[reply.place]
         self._keyring.use(key, reply.number, message.payload)
         self._keyring.note_answer(key, reply.number, reply.message)
-        self._replies.send(message, reply.message)
+        self._replies.send(message, reply.message, key.suite)
 
     def _await_key(self, message: Incoming) -> bool:
         """Let a request wait if it may be for a key that is to be derived; tell whether it does."""

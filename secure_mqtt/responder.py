@@ -49,7 +49,7 @@ class Responder:
         self._limit = SizeLimit()
         self._orders = Orders()
         self._is_connected = False
-        self._status = Status(settings.status_topic, self._reports, self._desk.keyring)
+        self._status = Status(settings.status_topic, self._reports, self._desk)
         self._link = Link(settings, REQUEST.format(settings.netid or "+", "+"), self._status.will)
         load_suites()
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from conftest import (
 )
 
 import crypto
+from secure_mqtt.counts import REFUSALS
 
 Start = Callable[..., ResponderProcess]
 Connect = Callable[..., Peer]
@@ -52,7 +54,7 @@ def retained(peer: Connect, port: int) -> dict[str, object]:
 
 def counts(status: dict[str, object]) -> tuple[object, ...]:
     """Check that a status says online; return its counts."""
-    assert list(status) == [
+    assert list(status)[:6] == [
         "status",
         "exchanges",
         "requests",
@@ -63,7 +65,7 @@ def counts(status: dict[str, object]) -> tuple[object, ...]:
     assert status["status"] == "online"
     assert isinstance(status["uptime_seconds"], int)
     assert status["uptime_seconds"] >= 0
-    return tuple(status.values())[1:-1]
+    return tuple(status.values())[1:5]
 
 
 def wait_for_status(peer: Peer, wanted: str) -> None:
@@ -107,6 +109,29 @@ def test_the_counts_are_of_exchanges_requests_failures_and_netids(
     own_broker.restart()  # hence it publishes its status again
     responder.wait_for("ready", times=2)
     assert counts(retained(peer, own_broker.port)) == (3, 3, 1, 2)
+
+
+def test_the_counts_are_also_of_suites_and_reasons(
+    own_broker: Mosquitto, start_responder: Start, peer: Connect
+) -> None:
+    responder = start_responder(f"-p{own_broker.port}", OPTION)
+    for suite in "x25519", "x25519", "mlkem768x25519":
+        arguments = [f"-p{own_broker.port}", f"--suite={suite}", "alice", "reverse", "-"]
+        assert run(*arguments, stdin=b"long text" * 2000).returncode == 0
+    attacker = peer(own_broker.port, "nothing")
+    for _ in range(3):
+        attacker.publish("alice/none/request", b"")
+    attacker.publish("alice/key-exchange/request", b"not signed")
+    responder.wait_for("event=ignored", times=4)
+    own_broker.restart()  # hence it publishes its status again
+    responder.wait_for("ready", times=2)
+    status = retained(peer, own_broker.port)
+    assert status["exchanges_by_suite"] == {"dh4096": 0, "x25519": 2, "mlkem768x25519": 1}
+    assert status["requests_by_suite"] == status["exchanges_by_suite"]
+    assert isinstance(status["refused"], dict)
+    assert +Counter(status["refused"]) == {"action": 3, "public_key": 1}
+    assert set(status["refused"]) == set(REFUSALS.values())
+    assert (status["dropped"], status["waiting"]) == (0, 0)
 
 
 def test_the_status_is_published_again_and_again(

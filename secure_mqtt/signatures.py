@@ -6,7 +6,8 @@ Imported only when asked for, since x509 costs a request a third of its other im
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
 
 from cryptography import exceptions, x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
@@ -35,6 +36,13 @@ CERTIFICATE_ERRORS = (
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
+
+
+class Validity(NamedTuple):
+    """When certificates are valid, in seconds since 1970, UTC."""
+
+    begins: float
+    ends: float
 
 
 class Identity:
@@ -69,7 +77,11 @@ class Identity:
 
         :param blocks: what it begins with: our keys (PEM)
         """
-        signature = self._key.sign(_signed_bytes(blocks, netid, request), *self._scheme)
+        return self.bundle(blocks, _signed_bytes(blocks, netid, request))
+
+    def bundle(self, blocks: bytes, signed_bytes: bytes) -> bytes:
+        """Return keys (PEM), our certificates, and our signature over some bytes."""
+        signature = self._key.sign(signed_bytes, *self._scheme)
         chain = [certificate.public_bytes(Encoding.PEM) for certificate in self._chain]
         return b"".join((blocks, *chain, to_pem(SIGNATURE, signature)))
 
@@ -92,12 +104,31 @@ class Authority:
         :raises PeerKeyError: it was not signed by that name's owner for this exchange
         """
         signed_bytes = _signed_bytes(payload, netid, request)  # checks its size, too
+        self.verify_bundle(payload, signed_bytes, name, is_client=request is None)
+
+    def verify_bundle(
+        self,
+        bundle: bytes,
+        signed_bytes: bytes,
+        name: str,
+        is_client: bool = True,
+        at: float | None = None,
+    ) -> Validity:
+        """Check who has signed some bytes.
+
+        :param bundle: keys, certificates and signature (PEM), of a size that was checked
+        :param name: the DNS name that the signer's certificate must have
+        :param is_client: whether that must be for clients; else for servers
+        :param at: the time to judge the certificates by, in seconds since 1970; None: now
+        :return: when these certificates are valid
+        :raises PeerKeyError: they were not signed by that name's owner
+        """
         try:
-            *chain, signature = _signature_blocks(payload)
+            *chain, signature = _signature_blocks(bundle)
             with warnings.catch_warnings():  # of a serial number below 1, which is refused below
                 warnings.simplefilter("ignore")
                 leaf, *others = map(x509.load_der_x509_certificate, chain)
-            self._check_certificate(leaf, others, name, is_client=request is None)
+            path = self._check_certificate(leaf, others, name, is_client, at)
             key: Any = leaf.public_key()
             key.verify(signature, signed_bytes, *_signature_scheme(key))
         except exceptions.InvalidSignature:
@@ -108,16 +139,26 @@ class Authority:
             raise PeerKeyError(
                 "its signature or certificate is malformed, or of another kind"
             ) from None
+        return Validity(
+            max(certificate.not_valid_before_utc.timestamp() for certificate in path),
+            min(certificate.not_valid_after_utc.timestamp() for certificate in path),
+        )
 
-    def _check_certificate(self, leaf: Any, others: list[Any], name: str, is_client: bool) -> None:
+    def _check_certificate(
+        self, leaf: Any, others: list[Any], name: str, is_client: bool, at: float | None
+    ) -> list[Any]:
+        """Return the certificates from a leaf to an authority's own."""
         names = _dns_names(leaf)
         if not names:
             raise ValueError("no DNS name")
+        policy = self._policy
+        if at is not None:
+            policy = policy.time(datetime.fromtimestamp(at, timezone.utc))
         try:
             if is_client:
-                self._policy.build_client_verifier().verify(leaf, others)
+                path = policy.build_client_verifier().verify(leaf, others).chain
             else:
-                self._policy.build_server_verifier(x509.DNSName(names[0])).verify(leaf, others)
+                path = policy.build_server_verifier(x509.DNSName(names[0])).verify(leaf, others)
         except VerificationError as error:
             # After that comes the subject of a certificate, which a stranger chose.
             reason = str(error).partition(" (encountered")[0]
@@ -126,6 +167,7 @@ class Authority:
             raise PeerKeyError(f"signed with a certificate {problem}") from None
         if name not in names:
             raise PeerKeyError(f"signed by {', '.join(names)!r}, expected {name!r}")
+        return path
 
 
 def _dns_names(certificate: Any) -> list[str]:
@@ -158,6 +200,11 @@ def _signed_bytes(payload: bytes, netid: str, request: bytes | None) -> bytes:
     fields = [REQUEST_LABEL, netid.encode(), keys]
     if request is not None:
         fields = [RESPONSE_LABEL, *fields[1:], digest(request)]
+    return join_fields(*fields)
+
+
+def join_fields(*fields: bytes) -> bytes:
+    """Return fields joined, each after its length in 4 bytes, so that none can pass for another."""
     return b"".join(len(field).to_bytes(4, "big") + field for field in fields)
 
 

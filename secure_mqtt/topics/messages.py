@@ -230,6 +230,14 @@ class SessionKey:
         self.session = session_of(self.hello)
 
 
+class Introduction(NamedTuple):
+    """What a hello says."""
+
+    netid: str
+    key: Ed25519PublicKey
+    bundle: bytes  # PEM: the key, the member's certificates, its signature
+
+
 class Sender(NamedTuple):
     """Who has introduced a session."""
 
@@ -254,28 +262,27 @@ def read_hello(
     :param at: the time to verify it for, in milliseconds since 1970; None: now
     :raises PeerKeyError: nobody
     """
-    netid, bundle = _split_hello(hello)
+    netid, key, bundle = parse_hello(hello)
+    signed_bytes = _hello_bytes(keeper, topic, netid, ED25519_PREFIX + key.public_bytes_raw())
+    seconds = None if at is None else at / 1000
+    return Sender(netid, key, authority.verify_bundle(bundle, signed_bytes, netid, at=seconds))
+
+
+def parse_hello(hello: bytes) -> Introduction:
+    """Return what a hello says, which nobody has verified. PeerKeyError if it is none."""
+    if len(hello) > MAX_HELLO_SIZE:
+        raise HelloError("larger than any hello")
+    end = 4 + int.from_bytes(hello[:4], "big")
+    name, bundle = hello[4:end], hello[end + 4 :]
+    netid = name.decode("ascii", "replace")
+    if join_fields(name, bundle) != hello or not MEMBER.fullmatch(netid):
+        raise HelloError("not a hello")
     [(_, public_key), *others] = key_blocks(bundle)
     if others or public_key[:-KEY_SIZE] != ED25519_PREFIX:
         raise HelloError("its key is not one of Ed25519")
-    signed_bytes = _hello_bytes(keeper, topic, netid, public_key)
-    seconds = None if at is None else at / 1000
-    validity = authority.verify_bundle(bundle, signed_bytes, netid, at=seconds)
-    return Sender(netid, Ed25519PublicKey.from_public_bytes(public_key[-KEY_SIZE:]), validity)
+    return Introduction(netid, Ed25519PublicKey.from_public_bytes(public_key[-KEY_SIZE:]), bundle)
 
 
 def _hello_bytes(keeper: str, topic: str, netid: str, public_key: bytes) -> bytes:
     names = (name.encode() for name in (keeper, topic, netid))
     return join_fields(HELLO_LABEL, *names, public_key)
-
-
-def _split_hello(hello: bytes) -> tuple[str, bytes]:
-    """Return the NetID and the bundle (PEM) in a hello."""
-    if len(hello) > MAX_HELLO_SIZE:
-        raise HelloError("larger than any hello")
-    end = 4 + int.from_bytes(hello[:4], "big")
-    netid, bundle = hello[4:end], hello[end + 4 :]
-    name = netid.decode("ascii", "replace")
-    if join_fields(netid, bundle) != hello or not MEMBER.fullmatch(name):
-        raise HelloError("not a hello")
-    return name, bundle

@@ -34,6 +34,7 @@ class Keys:
         self._newest_ends = self._previous_ends = -NEVER
         self._renew_at = self._asked_at = -NEVER
         self.is_asking = False
+        self.known_at = -NEVER  # when the keeper was asked for the answer that is known
 
     @property
     def number(self) -> int:
@@ -54,7 +55,7 @@ class Keys:
 
     def learn(self, joined: Joined) -> None:
         """Take the keeper's answer."""
-        self.is_asking = False
+        self.is_asking, self.known_at = False, self._asked_at
         self._previous, self._previous_ends = None, -NEVER
         if joined.previous:
             self._previous = self._epoch(joined.previous.epoch, joined.previous.key)

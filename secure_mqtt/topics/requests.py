@@ -26,6 +26,7 @@ from secure_mqtt.topics.messages import (
 ACTION = "topic"  # in the names of the exchange's topics
 MAX_MEMBERS = 10_000  # of a topic
 MAX_HISTORY = 100_000  # messages of a topic that are kept
+MAX_COUNTERS = 1_000  # in an answer: each member of a large topic asks for them
 MAX_REQUEST_SIZE = 2**20  # bytes: 10,000 members have 670,000
 MAX_ANSWER_SIZE = 2**21  # bytes: a message of 1 MiB has 1.4 million in base64
 MAX_DIGITS = 20  # of a number: those of 64 bits

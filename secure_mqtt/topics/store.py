@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 from secure_mqtt.topics.database import Database
 from secure_mqtt.topics.messages import KEY_SIZE, MAX_EPOCH
-from secure_mqtt.topics.requests import Kept, Shared
+from secure_mqtt.topics.requests import MAX_COUNTERS, Kept, Shared
 
 MAX_HISTORY_SIZE = 2**26  # bytes of the messages of a topic that are kept
-MAX_COUNTERS = 1_000  # in an answer: each member of a large topic asks for them
 MAX_DUE = 100  # topics whose epochs are replaced at a time: others wait meanwhile
 TABLES = """
 CREATE TABLE floor (epoch INTEGER NOT NULL);  -- the highest of all topics that were deleted

@@ -115,14 +115,15 @@ def digest(data: bytes) -> bytes:
 class DhKeyPair:
     """A key pair for Diffie-Hellman in the course's group."""
 
-    def __init__(self, exponent: int | None = None) -> None:
+    def __init__(self, exponent: int | None = None, public_value: int | None = None) -> None:
         """Make a key pair.
 
         :param exponent: a private exponent, 1 to p - 1; None: a new random one
+        :param public_value: g ^ exponent mod p, if that is known already
         """
         self._exponent = exponent or int.from_bytes(os.urandom(EXPONENT_SIZE), "big")
         p, g = read_group()
-        self.public_value = modular_power(g, self._exponent, p)
+        self.public_value = public_value or modular_power(g, self._exponent, p)
 
     @property
     def public_key(self) -> bytes:

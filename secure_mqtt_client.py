@@ -31,9 +31,10 @@ from secure_mqtt.exchange import Exchange
 from secure_mqtt.log import PROGRAM, WAITING, log, set_up_log
 from secure_mqtt.settings import Settings, peer_security
 from secure_mqtt.streams import is_utf8, read_message, say, write_output
+from secure_mqtt.suites import SUITES, UnavailableError
 from secure_mqtt.workers import Worker, WorkerError, supervise
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 
 HELP = """\
 usage: secure_mqtt_client.py [options] NETID ACTION MESSAGE
@@ -50,8 +51,9 @@ request:
   MESSAGE                the text; - reads standard input, whole
   -W, --timeout SECONDS  give up after so long in all, or without a next answer
                          to --lines (default: 30)
-  --suite SUITE          dh4096, the lab's (default), or x25519: faster, and
-                         each message fits its place only
+  --suite SUITE          dh4096, the lab's (default); x25519: faster, and each
+                         message fits its place only; mlkem768x25519: like it,
+                         and no recording falls to a quantum computer
   --lines                send each line of standard input as a request
   --rekey SECONDS        agree on new keys so often (with --lines)
 
@@ -63,7 +65,8 @@ broker:
   -h, --host HOST        name or address (default: localhost)
   -p, --port PORT        TCP port (default: 1884, with TLS 8883)
   -i, --id ID            MQTT client ID (default: NETID, as the lab wants it;
-                         for a responder a random one)
+                         with --cert or --username NETID, a hyphen and 16
+                         random digits; for a responder a random one)
   --local                run a broker for this command, and for a request a
                          responder, too (needs the package amqtt)
 
@@ -85,6 +88,8 @@ security of the connection (each of the first five turns TLS on):
                          MQTT_PASSWORD in the environment)
 
 other:
+  --config FILE          read options from this file, too, one a line, without
+                         quotes, # for comments; the command line wins
   -v, --verbose          say on stderr what happens; never a key or a text
   --help                 print this help, as does -h alone
   --version              print the version
@@ -116,6 +121,7 @@ def request(mqtt: Connection, settings: Settings, exchange: Exchange, texts: lis
     :raises ProgramError: there is no answer to return
     """
     asking, answering = topics(settings)
+    exchange.request()  # says before anybody hears of us if there can be none
     with mqtt:
         mqtt.connect()
         mqtt.subscribe(RESPONSE.format(settings.netid, KEY_EXCHANGE), answering)
@@ -179,6 +185,7 @@ def services(settings: Settings) -> contextlib.AbstractContextManager[None]:
 
 def run_session(settings: Settings) -> None:
     """Send the lines of standard input and print the responses."""
+    SUITES[settings.suite].load()
     new_exchange = partial(Exchange, *exchange_settings(settings))
     from secure_mqtt.session import Session
 
@@ -245,6 +252,9 @@ def main(argv: list[str] | None = None) -> int:
         return report(ProgramError(f"a package is missing: {error}", hint))
     except WorkerError:
         return report(ProgramError("a process of the program was ended", "try again"))
+    except UnavailableError as error:
+        hint = "choose another --suite, or install a cryptography package with a newer OpenSSL"
+        return report(UsageError(str(error), hint))
     except (CryptoError, OSError) as error:
         return report(ProgramError(str(error)))
     except KeyboardInterrupt:

@@ -10,6 +10,10 @@
 # DIR/ca.key      its key; whoever has it can be anyone: keep it off the broker
 # DIR/NAME.crt    subject CN=NAME, DNS name NAME
 # DIR/NAME.key    its key: EC P-256, not encrypted, mode 0600
+# DIR/NAME.pem    both, mode 0600: the file for --identity
+#
+# DIR is made if need be. It has to be your own, and nobody else may be able to
+# write to it, or to put something else in its place.
 #
 # What a certificate is for follows from its name:
 #
@@ -17,8 +21,9 @@
 #     responder                          TLS client, and server: see below
 #     any other                          a NetID: TLS client only
 #
-# Run it again to add names: the CA stays. It overwrites nothing: to renew a
-# certificate, move the old pair away first. It makes all the names or none.
+# It lists the files that it made on stdout. Run it again to add names: the CA
+# stays. It overwrites nothing: to renew a certificate, move the three old files
+# away first. It makes all the names or none.
 # Exit status: 0 done, 1 failed, 2 wrong usage; then nothing was changed.
 #
 # To change: the two periods of validity below.
@@ -29,11 +34,8 @@ export LC_ALL=C # so that [a-z] is 26 letters
 ca_days=3650
 leaf_days=365
 
-die() { # STATUS MESSAGE [HINT]
-    printf 'generate-certs.sh: error: %s\n' "$2" >&2
-    [[ -z ${3-} ]] || printf 'hint: %s\n' "$3" >&2
-    exit "$1"
-}
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 # A name becomes a file name, a line for openssl, a user name and a topic level, so it has to be
 # harmless as each: above all no "/", "+" or "#", which an access rule could take for others' topics.
@@ -45,14 +47,20 @@ check_name() {
             "lower-case letters, digits and inner hyphens, up to 63; with dots, a host name"
     fi
     [[ ! $1 =~ \.[0-9]+$ ]] || die 2 "an address, not a name: '$1'" "give the broker's host name"
-    # ca.crt is the CA's; and status/# is for all to read, so a NetID's topics must not be there.
-    [[ $1 != ca && $1 != status ]] || die 2 "the name '$1' is reserved"
+    # ca.crt is the CA's; status/# and shared/# are for all, so a NetID's topics must not be there.
+    [[ $1 != ca && $1 != status && $1 != shared ]] || die 2 "the name '$1' is reserved"
+}
+
+exists() { # even as a link that leads nowhere
+    [[ -e $1 || -L $1 ]]
 }
 
 check_new() {
-    [[ ! -e $dir/$1.crt && ! -e $dir/$1.key ]] ||
-        die 1 "$dir/$1.crt or $dir/$1.key exists; nothing was changed" \
-            "move them away to make new ones, or leave '$1' out"
+    local file
+    for file in "$1".{crt,key,pem}; do
+        ! exists "$file" || die 1 "$dir/$file exists; nothing was changed" \
+            "move the old files of '$1' away to make new ones, or leave it out"
+    done
 }
 
 # The extensions of NAME's certificate in openssl's terms (RFC 5280, 4.2). A responder is a client
@@ -94,10 +102,11 @@ make_leaf() { # NAME CA (its files, without their endings)
     run_openssl x509 -req -in "$new/leaf.csr" -sha256 -days "$leaf_days" \
         -CA "$2.crt" -CAkey "$2.key" -set_serial "0x$(openssl rand -hex 16)" \
         -extfile "$new/leaf.cnf" -out "$new/$1.crt"
+    cat "$new/$1.crt" "$new/$1.key" >"$new/$1.pem"
 }
 
 if [[ ${1-} == -h || ${1-} == --help ]]; then
-    sed -n '3,/^$/s/^# \{0,1\}//p' "$0"
+    show_help
     exit
 fi
 (($# >= 2)) || die 2 "usage: generate-certs.sh DIR NAME..."
@@ -109,10 +118,12 @@ command -v openssl >/dev/null || die 1 "openssl is not installed" "apt install o
 
 # All is made in a directory of its own and moved at the end, so that a failure leaves nothing.
 # That directory is also the lock that keeps two runs apart.
-new=$dir/.new
-mkdir -p -- "$dir"
+new=.new
+check_way "$dir"
+(umask go-w && mkdir -p -- "$dir")
+enter "$dir"
 umask 077
-mkdir -- "$new" || die 1 "cannot make $new" \
+mkdir -- "$new" || die 1 "cannot make $dir/$new" \
     "if it exists, another run is at work; if none is, one was killed: remove it"
 trap 'rm -rf -- "$new"' EXIT
 trap 'exit 130' HUP INT TERM
@@ -129,16 +140,23 @@ keyUsage = critical, keyCertSign, cRLSign
 subjectKeyIdentifier = hash
 END
 
-ca=$dir/ca
-if [[ ! -e $ca.crt && ! -e $ca.key ]]; then
+ca=ca
+made=()
+if ! exists $ca.crt && ! exists $ca.key; then
     ca=$new/ca
     make_ca
-elif [[ ! -e $ca.crt || ! -e $ca.key ]]; then
+    made=("$dir"/ca.{crt,key})
+elif ! exists $ca.crt || ! exists $ca.key; then
     die 1 "$dir has only one of ca.crt and ca.key" "put the other back, or use another directory"
+else
+    for file in ca.{crt,key}; do check_file "$file" "$dir/$file"; done
 fi
-for name in "$@"; do make_leaf "$name" "$ca"; done
+for name in "$@"; do
+    make_leaf "$name" "$ca"
+    made+=("$dir/$name".{crt,key,pem})
+done
 
 trap '' HUP INT TERM # from here on it is done whole
 chmod 644 "$new"/*.crt
-mv -- "$new"/*.key "$new"/*.crt "$dir/"
-for name in "$@"; do printf '%s\n' "$dir/$name.crt" "$dir/$name.key"; done
+mv -- "$new"/*.{crt,key,pem} .
+printf '%s\n' "${made[@]}"

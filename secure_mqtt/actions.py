@@ -9,6 +9,7 @@ from collections.abc import Callable
 # The topics: {NetID}/{action}/request and …/response.
 REQUEST, RESPONSE = "{}/{}/request", "{}/{}/response"
 KEY_EXCHANGE = "key-exchange"  # the exchange's action
+MAX_TEXT = 2**20  # bytes of a text that our responder transforms
 # One level of a topic. Brokers may close the connection at a control character (3.1.1, 1.5.3), and
 # a $ in front hides it from the responder's wildcard (4.7.2).
 NETID = re.compile(r"(?!\$)[^/+#\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,64}")

@@ -6,16 +6,24 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from crypto import MAX_KEY_FILE_SIZE, CryptoError
-from secure_mqtt.actions import KEY_EXCHANGE, REQUEST, RESPONSE
-from secure_mqtt.connection import Connection, Message
+from secure_mqtt.actions import KEY_EXCHANGE, MAX_TEXT, REQUEST, RESPONSE
+from secure_mqtt.connection import Connection
 from secure_mqtt.errors import ProgramError, UnusableError
 from secure_mqtt.exchange import Exchange
 from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, silence
 from secure_mqtt.log import PROGRAM, log
+from secure_mqtt.mailboxes import Message
 from secure_mqtt.settings import Settings
-from secure_mqtt.suites import SUITES
+from secure_mqtt.suites import LAB, SUITES
 
 EXCHANGE, ANSWER = "the key exchange", "the response"  # what is waited for, after the SUBACK
+KEY_SENT, KEY_RECEIVED, REQUEST_SENT, ANSWER_RECEIVED = 1, 2, 3, 4  # the lab's numbers
+CONTENTS = {
+    KEY_SENT: "our public key",
+    KEY_RECEIVED: "the responder's public key",
+    REQUEST_SENT: "the text, encrypted",
+    ANSWER_RECEIVED: "the answer, encrypted",
+}
 T = TypeVar("T")
 
 
@@ -40,37 +48,50 @@ def call(
     :param read: turns a payload into the result; CryptoError if it can't be used
     :raises ProgramError: the connection has ended
     """
-    mqtt.stage = EXCHANGE if action == KEY_EXCHANGE else ANSWER
-    asking, answering = (topic.format(settings.netid, action) for topic in (REQUEST, RESPONSE))
-    mqtt.ignored.clear()
-    mqtt.discard()  # what came before the request is no answer to it
+    ask(mqtt, settings, action, payload)
     size = len(payload)
-    log_message(settings, action, "→", size)
-    mqtt.publish(asking, payload)
     del payload  # it may be large
+    topic = RESPONSE.format(settings.netid, action)
     while True:
         message = mqtt.next_message()
-        if message.topic == answering:
+        if message.topic == topic:
             try:
                 check_answer(message, size)
                 result = read(message.payload)
             except CryptoError as error:
                 mqtt.ignored[str(error)] += 1
             else:
-                log_message(settings, action, "←", len(message.payload))
+                number = KEY_RECEIVED if action == KEY_EXCHANGE else ANSWER_RECEIVED
+                log_message(settings, number, len(message.payload))
                 return result
 
 
-def log_message(settings: Settings, action: str, direction: str, size: int) -> None:
-    """Tell a person of one of the four messages, which has so many bytes."""
+def ask(mqtt: Connection, settings: Settings, action: str, payload: bytes) -> None:
+    """Publish a request; what came before is no answer to it.
+
+    :param action: as in the topics, KEY_EXCHANGE included
+    :raises ProgramError: the connection has ended
+    """
+    is_exchange = action == KEY_EXCHANGE
+    mqtt.stage = EXCHANGE if is_exchange else ANSWER
+    mqtt.ignored.clear()
+    mqtt.discard()
+    log_message(settings, KEY_SENT if is_exchange else REQUEST_SENT, len(payload))
+    mqtt.publish(REQUEST.format(settings.netid, action), payload)
+
+
+def log_message(settings: Settings, number: int, size: int, content: str = "") -> None:
+    """Tell a person of one of the four messages.
+
+    :param size: of its payload, in bytes
+    :param content: what it is, where that is not what its number tells
+    """
+    is_exchange = number in (KEY_SENT, KEY_RECEIVED)
+    direction, topic = ("→", REQUEST) if number in (KEY_SENT, REQUEST_SENT) else ("←", RESPONSE)
+    where = topic.format(settings.netid, KEY_EXCHANGE if is_exchange else settings.action)
     suite = SUITES[settings.suite]
-    number, topic, content, how = {
-        (True, "→"): (1, REQUEST, "our public key", suite.name),
-        (True, "←"): (2, RESPONSE, "the responder's public key", suite.name),
-        (False, "→"): (3, REQUEST, "the text, encrypted", suite.encryption),
-        (False, "←"): (4, RESPONSE, "the answer, encrypted", suite.encryption),
-    }[action == KEY_EXCHANGE, direction]
-    where = topic.format(settings.netid, action)
+    how = suite.name if is_exchange else suite.encryption
+    content = content or CONTENTS[number]
     log().info("%d %s %s, %d bytes: %s (%s)", number, direction, where, size, content, how)
 
 
@@ -104,14 +125,21 @@ def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
             else "another client may be using this NETID, or someone tampers with the messages",
         )
     if is_exchange:
+        others = "" if settings.suite == LAB.name else ", or know other suites only"
         return ProgramError(
             f"no responder answered the key exchange on {topic} {within}",
             f"start one ({PROGRAM} --respond), or check NETID, --host and --port;"
             " an access rule of the broker may also drop messages without a word, or the responder"
-            " demand an --identity",
+            f" demand an --identity{others}",
+        )
+    problem = f"no response came on {topic} {within}"
+    if mqtt.outbox.largest_taken > SUITES[settings.suite].sealed_size(MAX_TEXT):
+        return ProgramError(
+            f"{problem} to a message of {mqtt.outbox.largest_taken} bytes",
+            "a responder of this program takes texts of at most 1 MiB (1048576 bytes): send parts",
         )
     return ProgramError(
-        f"no response came on {topic} {within}",
+        problem,
         "the responder may have ended or not know this action (see its log), the message may be"
         " too large for the broker, or an access rule may drop it",
     )

@@ -8,12 +8,13 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
 from secure_mqtt.actions import ACTIONS, NETID
 from secure_mqtt.errors import UsageError
 from secure_mqtt.log import PROGRAM
-from secure_mqtt.settings import Settings, random_id, read_file
+from secure_mqtt.settings import Settings, client_id, read_file
 from secure_mqtt.streams import is_utf8, write_output
 from secure_mqtt.suites import SUITES
 from secure_mqtt.tls import tls_context
@@ -37,8 +38,18 @@ class Parser(argparse.ArgumentParser):
         return self.epilog or ""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError. The value of an unknown option may be a password: it is not shown."""
-        raise UsageError(re.sub(r"(--[\w-]+=| -[A-Za-z](?=[^/ ])).*", r"\1...", message))
+        """Raise UsageError; a second line of the message is its hint."""
+        # What follows may be a password: -vPsecret.
+        message = re.sub(r"(?s)ignored explicit argument .*", "takes no value", message)
+        message, _, hint = message.partition("\n")
+        if message.startswith("argument -h/--host: expected"):
+            hint = "--help prints the help, as does -h as the only argument"
+        raise UsageError(message, hint)
+
+    @property
+    def options(self) -> list[str]:
+        """The names of all options, with their dashes."""
+        return [*self._option_string_actions]
 
     def _print_message(self, message: str, file: Any = None) -> None:
         write_output(message.encode())
@@ -59,7 +70,7 @@ def build_parser(help_text: str, version: str) -> Parser:
     add("--rekey", type=seconds)
     suites = " or ".join(SUITES)
     add("--suite", type=checked(str, SUITES.__contains__, suites))
-    add("-h", "--host", type=checked(str, is_mqtt_string, "a host's name or address"))
+    add("-h", "--host", type=host)
     port_range = "a number from 1 to 65535"
     add("-p", "--port", type=checked(decimal, lambda value: 1 <= value <= 65535, port_range))
     add("-i", "--id", type=checked(str, is_mqtt_string, "UTF-8 text of 1 to 65535 bytes"))
@@ -70,6 +81,7 @@ def build_parser(help_text: str, version: str) -> Parser:
     add("--status-topic", type=checked(str, is_topic, "a topic without + and #"))
     for option in ("--respond", "--local", "--lines", "--tls", "--insecure"):
         add(option, action="store_true")
+    add("--config", type=checked(str, bool, "a file's name"), action="append")
     add("-v", "--verbose", action="store_true")
     add("--help", action="help")
     add("--version", action="version", version=f"{PROGRAM} {version}")
@@ -88,6 +100,20 @@ def checked(
         raise argparse.ArgumentTypeError(f"must be {wanted}; not {text[:80]!r}")
 
     return check
+
+
+def host(text: str) -> str:
+    """Return a host, for argparse, which makes an error of a port or a protocol with it."""
+    name = checked(str, is_mqtt_string, "a host's name or address")(text)
+    if match := re.fullmatch(r"(?:\w+://)?([^:/]+)(?::(\d+))?/?", name):
+        if match[1] == name:
+            return name
+        port = f" --port {match[2]}" if match[2] else ", and the port with --port"
+        hint = f"give the name alone: --host {match[1]}{port}"
+        raise argparse.ArgumentTypeError(
+            f"must be a host's name or address; not {name[:80]!r}\n{hint}"
+        )
+    return name  # an address of IPv6, or what nobody will find
 
 
 def decimal(text: str) -> int:
@@ -117,20 +143,50 @@ def parse_settings(arguments: list[str], help_text: str, version: str) -> Settin
     :param version: what --version prints, after the program's name
     :raises UsageError: something is wrong with it
     """
-    settings = Settings()
     if arguments == ["-h"]:  # a later edition of the course means --help by it
         arguments = ["--help"]
+    words: list[str] = []
+    try:
+        settings, words = parse(build_parser(help_text, version), arguments)
+        check_combination(settings, words)
+        check_words(settings, words)
+    except UsageError as error:
+        if not error.hint and len(words) < 3 and "--respond" not in arguments:
+            from secure_mqtt.hints import dash_hint
+
+            error.hint = dash_hint(str(error), arguments)
+        raise
+    fill_in(settings)
+    if settings.cafile or settings.cert:
+        tls_context(settings)  # shows what is wrong with the files before anything else is done
+    return settings
+
+
+def parse(parser: Parser, arguments: list[str]) -> tuple[Settings, list[str]]:
+    """Return what the options say, also those in files, and the arguments that are none."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     for text in arguments[:end]:
         if re.match(r"-[A-Za-z][^=]*\s", text):  # Python 3.13.0 would take such a MESSAGE apart
             raise UsageError("an argument that begins with a dash is an option; put -- before it")
-    build_parser(help_text, version).parse_intermixed_args(arguments[:end], settings)
-    words = settings.words + arguments[end + 1 :]
-    check_combination(settings, words)
-    check_words(settings, words)
-    fill_in(settings)
-    if settings.cafile or settings.cert:
-        tls_context(settings)  # shows what is wrong with the files before anything else is done
+    settings = parse_options(parser, arguments[:end])
+    if settings.config:
+        from secure_mqtt.config import read_config
+
+        check = partial(parse_options, parser)
+        files = [read_config(name, parser.options, check) for name in settings.config]
+        # What comes later wins: the command line.
+        settings = parse_options(parser, [*chain(*files), *arguments[:end]])
+    return settings, settings.words + arguments[end + 1 :]
+
+
+def parse_options(parser: Parser, arguments: list[str]) -> Settings:
+    """Return what these options say, with the other arguments in words."""
+    settings = Settings()
+    _, unknown = parser.parse_known_intermixed_args(arguments, settings)
+    if unknown:
+        from secure_mqtt.hints import unknown_option
+
+        raise unknown_option(unknown[0], parser.options)
     return settings
 
 
@@ -197,7 +253,10 @@ def check_words(settings: Settings, words: Sequence[str]) -> None:
             f" digits and inner hyphens; not {netid[:80]!r}"
         )
     if words[1:] and action not in ACTIONS:
-        raise UsageError(f"ACTION must be one of {', '.join(ACTIONS)}; not {action[:80]!r}")
+        from secure_mqtt.hints import suggestion
+
+        problem = f"ACTION must be one of {', '.join(ACTIONS)}; not {action[:80]!r}"
+        raise UsageError(problem, suggestion(action[:80], ACTIONS))
     if not is_typed_utf8(message):
         raise UsageError("MESSAGE must be UTF-8 text")
     settings.message = None if message == "-" else os.fsencode(message)  # as typed, in any locale
@@ -209,10 +268,10 @@ def fill_in(settings: Settings) -> None:
     settings.suite = settings.suite or "dh4096"
     settings.host = settings.host or "localhost"
     settings.port = settings.port or (DEFAULT_TLS_PORT if settings.uses_tls else DEFAULT_PORT)
-    settings.id = settings.id or (random_id() if settings.respond else settings.netid)
     settings.peer_name = settings.peer_name or "responder"
     settings.username = settings.username or os.environ.get("MQTT_USERNAME", "")
     settings.password = password(settings)
+    settings.id = settings.id or client_id(settings)
 
 
 def password(settings: Settings) -> bytes | None:

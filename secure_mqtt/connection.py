@@ -6,13 +6,15 @@ import contextlib
 import select
 import socket
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from secure_mqtt.errors import ProgramError
-from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, explain, refusal
+from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, explain, refusal, refused_topics
 from secure_mqtt.log import log
+from secure_mqtt.mailboxes import Inbox, Message, Outbox
 from secure_mqtt.settings import Settings
 from secure_mqtt.tls import describe, tls_context
 
@@ -22,74 +24,97 @@ if TYPE_CHECKING:  # else loaded where it is used: --help and usage errors do no
 QOS = 1
 KEEPALIVE = 15  # seconds of silence after which a responder asks its broker for a sign of life
 MAX_KEEPALIVE = 65_535  # seconds: 3.1.1, 3.1.2.10
+READ_TIME = 0.005  # seconds of reading until what came is handled
 LOOP_INTERVAL = 1.0  # seconds between looks at the time, for keep-alive
-MAX_MESSAGES = 10_000  # received, but not handled yet; more are dropped
 MAX_IN_FLIGHT = 10_000  # published, but not acknowledged by the broker yet
-MAX_BYTES = 2**27  # of the messages received, or published, in that state; one may have more
 FIRST_DELAY, LAST_DELAY = 1.0, 60.0  # seconds between attempts to connect
 
 
-class Message(NamedTuple):
-    """A PUBLISH that came in."""
+class Network:
+    """A client of paho's, whose network goes on while step() is called."""
 
-    topic: str
-    payload: bytes
-    is_retained: bool
+    def __init__(self, client: paho.Client, inbox: Inbox, uses_tls: bool) -> None:
+        """Take the client, and where its callbacks put what comes."""
+        self.owed: list[int] = []  # the packet identifiers of what came in, to be acknowledged
+        self._client = client
+        self._inbox = inbox
+        self._uses_tls = uses_tls
 
+    def step(self, others: Sequence[Any], has_work: bool) -> list[Any]:
+        """Read and write what can be, once something can or for LOOP_INTERVAL.
 
-class Inbox:
-    """The messages that were received, but not handled yet."""
+        :param others: things that select() takes, to be waited for as well
+        :param has_work: whether to come back at once
+        :return: those of them that can be read
+        :raises Exception: whatever paho raises; ConnectionError if the connection has ended
+        """
+        self.acknowledge()
+        client = self._client
+        client.loop_misc()  # keep-alive: closes a connection that is dead
+        sock: Any = client.socket()
+        if sock is None:
+            raise ConnectionError("The connection was lost")
+        # A broker that does not read is not read from: what it makes us owe would pile up.
+        to_read, to_write = ([], [sock]) if client.want_write() else ([sock], [])
+        # TLS may have decrypted more than was read.
+        is_pending = bool(to_read) and hasattr(sock, "pending") and sock.pending() > 0
+        timeout = 0 if has_work or is_pending else LOOP_INTERVAL
+        readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
+        code = client.loop_write() if writable else 0
+        if sock in readable or is_pending:
+            code = self._read(sock)
+            if self._uses_tls:  # its session tickets are no packets that paho tells of
+                acknowledge_at_once(sock)
+        if code:
+            import paho.mqtt.client as paho
 
-    def __init__(self) -> None:
-        self.dropped = 0  # for which there was no room
-        self._messages: deque[Message] = deque()
-        self._bytes = 0
+            raise ConnectionError(paho.error_string(code).rstrip("."))
+        if sock in readable:
+            readable.remove(sock)
+        return readable
 
-    def __len__(self) -> int:
-        return len(self._messages)
+    def _read(self, sock: Any) -> int:
+        """Read what has come, but not for long: a flood shall not keep its answers waiting.
 
-    def put(self, message: Message) -> None:
-        """Take a message in, if there is room."""
-        size = len(message.payload) + (self._bytes if self._messages else 0)
-        if not self._messages or (len(self._messages) < MAX_MESSAGES and size <= MAX_BYTES):
-            self._messages.append(message)
-            self._bytes = size
-        else:
-            self.dropped += 1
+        :return: paho's code of what went wrong, or 0
+        """
+        end = time.monotonic() + READ_TIME
+        while True:
+            code = self._client.loop_read()
+            if code or not self._inbox or time.monotonic() >= end:
+                return int(code)
+            if not select.select([sock], [], [], 0)[0]:
+                return 0
 
-    def take(self) -> Message:
-        """Return the oldest message, which is then no longer there."""
-        message = self._messages.popleft()
-        self._bytes -= len(message.payload)
-        return message
+    def publish(self, outbox: Outbox, topic: str, payload: bytes, retain: bool) -> bool:
+        """Publish at QoS 1. False if that can't be done."""
+        try:
+            publication = self._client.publish(topic, payload, QOS, retain)
+        except ValueError:  # more than MQTT can carry
+            return False
+        if publication.rc and self._client.socket():
+            return False
+        outbox.add(publication.mid, len(payload))  # also what has ended the connection
+        return not publication.rc
 
-    def clear(self) -> None:
-        """Forget the messages."""
-        self._messages.clear()
+    def close(self, is_orderly: bool) -> None:
+        """Disconnect; else without a word, so that the broker publishes the will."""
+        if is_orderly:
+            self.acknowledge()
+            self._client.disconnect()
+        elif sock := self._client.socket():
+            sock.close()
 
+    def has_more(self) -> bool:
+        """Tell whether more has come that was not read yet."""
+        sock = self._client.socket()
+        return bool(sock and select.select([sock], [], [], 0)[0])
 
-class Outbox:
-    """What was published, but not acknowledged by the broker yet."""
-
-    def __init__(self) -> None:
-        self._sizes: dict[int, int] = {}  # of the payloads, in bytes, by packet identifier
-        self._bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def has_room(self, size: int) -> bool:
-        """Tell whether a payload of so many bytes may be published."""
-        return not self._sizes or self._bytes + size <= MAX_BYTES
-
-    def add(self, mid: int, size: int) -> None:
-        """Note what was published."""
-        self._sizes[mid] = size
-        self._bytes += size
-
-    def remove(self, mid: int) -> None:
-        """Note that it was acknowledged."""
-        self._bytes -= self._sizes.pop(mid, 0)
+    def acknowledge(self) -> None:
+        """Acknowledge what came in; not at once, so that the answers to it are faster."""
+        for mid in self.owed:
+            self._client.ack(mid, QOS)
+        self.owed.clear()
 
 
 class Connection:
@@ -113,11 +138,9 @@ class Connection:
         self.patience_ends = float("inf")  # of time.monotonic(), when wait() gives up
         self._granted: list[int] | None = None  # QoS, or a refusal, for each topic
         self._failure: ProgramError | None = None  # why the connection has ended
-        self._unacknowledged: list[int] = []  # the packet identifiers of what came in
-        self._client = new_client(settings)
+        self._client = new_client(settings, will)
+        self._network = Network(self._client, self.inbox, settings.uses_tls)
         self._set_callbacks()
-        if will:
-            self._client.will_set(*will, QOS, retain=True)
 
     def _set_callbacks(self) -> None:
         client = self._client
@@ -127,7 +150,8 @@ class Connection:
         client.on_publish = self._on_publish
         client.on_message = self._on_message
         # We subscribe at QoS 1. paho would keep a flood of QoS 2, to deliver it later.
-        client._send_pubrec = self._refuse_qos_2  # type: ignore[method-assign]
+        problem = f"the broker on {self._settings.broker} sent a message at QoS 2"
+        client._send_pubrec = partial(refuse, ProgramError(problem))  # type: ignore[method-assign]
 
     def __enter__(self) -> Connection:
         """Return the connection."""
@@ -135,27 +159,26 @@ class Connection:
 
     def __exit__(self, error: object, *exc_info: object) -> None:
         """Disconnect; after an error without a word, so that the broker publishes the will."""
-        if error is None:
-            self._acknowledge()
-            self._client.disconnect()
-        elif sock := self._client.socket():
-            sock.close()
+        self._network.close(is_orderly=error is None)
 
     def connect(self) -> None:
         """Connect, and wait for the CONNACK. ProgramError if that fails, or it is a refusal."""
         client, settings = self._client, self._settings
-        keepalive = KEEPALIVE
-        if not settings.respond:  # its deadline counts: a large message may be long on its way
-            keepalive = min(MAX_KEEPALIVE, max(KEEPALIVE, int(settings.timeout) + 1))
         try:
             if settings.uses_tls:
                 client.tls_set_context(tls_context(settings))
-            client.connect(settings.host, settings.port, keepalive)
+            client.connect(settings.host, settings.port, keepalive(settings))
+            # So paho answers CONNACK code 1: it would try MQTT 3.1, and not call on_connect.
+            client.reconnect = partial(refuse, refusal(settings, "unsupported protocol version"))  # type: ignore[method-assign]
         except Exception as error:  # ValueError, UnicodeError, … for a host that cannot be one
             raise explain(error, self.stage, settings) from None
         while self.stage == CONNACK:
             self.wait()
-        log().info("CONNACK from %s, %s", settings.broker, describe(client.socket()))
+        tell(settings, "CONNACK from %s, %s", settings.broker, self.security())
+
+    def security(self) -> str:
+        """Tell of its TLS, for a person."""
+        return describe(self._client.socket())
 
     def subscribe(self, *topics: str) -> None:
         """Subscribe at QoS 1, in one packet; wait for the SUBACK. ProgramError for a refusal."""
@@ -165,26 +188,14 @@ class Connection:
         if self._granted != [QOS] * len(topics):
             codes = zip(topics, self._granted, strict=False)
             refused = [topic for topic, code in codes if code != QOS] or topics
-            raise ProgramError(
-                f"the broker on {self._settings.broker} refuses the subscription to"
-                f" {' and '.join(refused)}",
-                "its access rules may not allow this NETID",
-                is_final=True,
-            )
-        log().info("SUBACK for %s", " and ".join(topics))
+            raise refused_topics(self._settings, refused)
+        tell(self._settings, "SUBACK for %s", " and ".join(topics))
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> bool:
         """Publish at QoS 1. False: too large, too much in flight, or no broker."""
-        if not self.outbox.has_room(len(payload)):
-            return False
-        try:
-            publication = self._client.publish(topic, payload, QOS, retain)
-        except ValueError:  # more than MQTT can carry
-            return False
-        if publication.rc:
-            return False
-        self.outbox.add(publication.mid, len(payload))
-        return True
+        return self.outbox.has_room(len(payload)) and self._network.publish(
+            self.outbox, topic, payload, retain
+        )
 
     def flush(self) -> None:
         """Wait until the broker has acknowledged all that was published."""
@@ -192,10 +203,11 @@ class Connection:
             self.wait()
             self.inbox.clear()  # nobody takes them any more
 
-    def wait(self, others: Sequence[Any] = ()) -> list[Any]:
+    def wait(self, others: Sequence[Any] = (), is_busy: bool = False) -> list[Any]:
         """Let the network go on until something comes, or for LOOP_INTERVAL.
 
         :param others: things that select() takes, to be waited for as well
+        :param is_busy: whether to come back at once
         :return: those of them that can be read
         :raises ProgramError: the connection has ended
         :raises TimeoutError: so has the patience
@@ -204,10 +216,11 @@ class Connection:
         if self._failure:
             raise self._failure
         try:
-            readable = self._step(others)
+            has_work = is_busy or bool(self.inbox and self._granted)
+            readable = self._network.step(others, has_work)
         except Exception as error:
             # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
-            self._failure = explain(error, self.stage, self._settings)
+            self._failure = explain(error, self.stage, self._settings, self.outbox.largest)
             # What came before still counts, once we have subscribed: then the next call raises it.
             if not self.inbox or not self._granted:
                 raise self._failure from None
@@ -221,43 +234,10 @@ class Connection:
             self.wait()
         return self.inbox.take()
 
-    def _step(self, others: Sequence[Any]) -> list[Any]:
-        self._acknowledge()
-        client = self._client
-        client.loop_misc()  # keep-alive: closes a connection that is dead
-        sock: Any = client.socket()
-        if sock is None:
-            raise ConnectionError("The connection was lost")
-        # A broker that does not read is not read from: what it makes us owe would pile up.
-        to_read, to_write = ([], [sock]) if client.want_write() else ([sock], [])
-        # TLS may have decrypted more than was read.
-        is_pending = bool(to_read) and hasattr(sock, "pending") and sock.pending() > 0
-        is_busy = is_pending or (self.inbox and self._granted)
-        timeout = 0 if is_busy else LOOP_INTERVAL
-        readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
-        code = client.loop_write() if writable else 0
-        if sock in readable or is_pending:
-            code = client.loop_read()
-            if self._settings.uses_tls:  # its session tickets are no packets that paho tells of
-                acknowledge_at_once(sock)
-        if code:
-            import paho.mqtt.client as paho
-
-            raise ConnectionError(paho.error_string(code).rstrip("."))
-        if sock in readable:
-            readable.remove(sock)
-        return readable
-
-    def _acknowledge(self) -> None:
-        """Acknowledge what came in; not at once, so that the answers to it are faster."""
-        for mid in self._unacknowledged:
-            self._client.ack(mid, QOS)
-        self._unacknowledged.clear()
-
     def discard(self) -> None:
         """Drop the messages that are here already."""
         self.inbox.clear()
-        while (sock := self._client.socket()) and select.select([sock], [], [], 0)[0]:
+        while self._network.has_more():
             self.wait()
             self.inbox.clear()
 
@@ -284,27 +264,43 @@ class Connection:
 
     def _on_message(self, client: object, userdata: object, message: Any) -> None:
         if message.qos:
-            self._unacknowledged.append(message.mid)
+            self._network.owed.append(message.mid)
         self.inbox.put(Message(message.topic, bytes(message.payload), message.retain))
 
-    def _refuse_qos_2(self, mid: int) -> NoReturn:
-        raise ProgramError(f"the broker on {self._settings.broker} sent a message at QoS 2")
 
-
-def new_client(settings: Settings) -> paho.Client:
+def new_client(settings: Settings, will: tuple[str, bytes] | None) -> paho.Client:
     """Return a client that sends all at once, and is told when to acknowledge."""
     import paho.mqtt.client as paho
     from paho.mqtt.enums import CallbackAPIVersion
 
-    client = paho.Client(
-        CallbackAPIVersion.VERSION2, settings.id, reconnect_on_failure=False, manual_ack=True
-    )
+    client = paho.Client(CallbackAPIVersion.VERSION2, settings.id, manual_ack=True)
     client.max_inflight_messages_set(0)  # all are sent at once ...
     client.max_queued_messages_set(MAX_IN_FLIGHT)  # ... and no more than these are taken
     client.connect_timeout = settings.timeout
     if settings.username:
         client.username_pw_set(settings.username, settings.password)  # type: ignore[arg-type]
+    if will:
+        client.will_set(*will, QOS, retain=True)
     return client
+
+
+def tell(settings: Settings, text: str, *values: object) -> None:
+    """Log for a person what has happened; to a responder, whose log has events, its own do."""
+    if not settings.respond:
+        log().info(text, *values)
+
+
+def refuse(error: ProgramError, *arguments: object) -> NoReturn:
+    """Raise an error instead of what paho would do."""
+    raise error
+
+
+def keepalive(settings: Settings) -> int:
+    """Return the seconds of silence after which the broker is asked for a sign of life."""
+    if settings.respond:
+        return KEEPALIVE
+    # A client's deadline counts: a large message may be long on its way.
+    return min(MAX_KEEPALIVE, max(KEEPALIVE, int(settings.timeout) + 1))
 
 
 def acknowledge_at_once(sock: Any) -> None:

@@ -11,6 +11,41 @@ if TYPE_CHECKING:
     from secure_mqtt.signatures import Authority, Identity
 
 
+class Channel:
+    """What goes on under one key: requests, numbered from 0, and the answers to them."""
+
+    def __init__(self, cipher: Cipher) -> None:
+        """Take the cipher of an exchange."""
+        self._cipher = cipher
+        self.sent = 0  # requests
+        self._awaited: dict[int, int] = {}  # their names, by number, as long as they wait
+        self._known: dict[bytes, str] = {}  # digests, each with what to say if it comes again
+
+    def seal(self, topic: str, plaintext: bytes, name: int = 0) -> bytes:
+        """Return the next encrypted request, for a topic; name: by which the caller knows it."""
+        message = self._cipher.seal(topic, self.sent, plaintext)
+        self._awaited[self.sent] = name
+        self._known[digest(message)] = "our own message handed back"
+        self.sent += 1
+        return message
+
+    def open(self, topic: str, message: bytes) -> tuple[int, bytes]:
+        """Return an answer's plaintext after the name of the request that it answers.
+
+        :raises TokenError: it answers no request that waits
+        """
+        message_digest = digest(message)
+        if problem := self._known.get(message_digest):  # one key may serve both directions
+            raise TokenError(problem)
+        number, plaintext = self._cipher.open(topic, message)
+        if number is None:  # then one request is sent at a time
+            number = self.sent - 1
+        if number not in self._awaited:
+            raise TokenError("an answer to no request that waits")
+        self._known[message_digest] = "an answer that was here before"
+        return self._awaited.pop(number), plaintext
+
+
 class Exchange:
     """One exchange as the client sees it."""
 
@@ -36,10 +71,7 @@ class Exchange:
         SUITES[suite].load()
         blocks = self._keys.blocks
         self._request = identity.sign(blocks, netid) if identity else blocks
-        self._cipher: Cipher
-        self._sent = 0
-        self._awaited: set[int] = set()
-        self._known: dict[bytes, str] = {}  # digests, each with what to say if it comes again
+        self.channel: Channel  # under the key that was agreed on last
 
     def request(self) -> bytes:
         """Return the payload of message 1."""
@@ -54,33 +86,16 @@ class Exchange:
         if self._authority:
             self._authority.verify(response, self._netid, self._peer_name, self._request)
         transcript = Transcript(self._netid, self._request, response)
-        self._cipher = self._keys.agree(transcript)
+        self.channel = Channel(self._keys.agree(transcript))
         if self._authority:
             return f"has proved to be {self._peer_name!r}"
         keys = b"".join(content for _, content in key_blocks(response))
         return f"may be anybody, without --peer-ca; SHA-256 of its public key: {digest(keys).hex()}"
 
     def seal(self, topic: str, plaintext: bytes) -> bytes:
-        """Return the next encrypted request, for a topic; they are numbered from 0."""
-        message = self._cipher.seal(topic, self._sent, plaintext)
-        self._awaited.add(self._sent)
-        self._known[digest(message)] = "our own message handed back"
-        self._sent += 1
-        return message
+        """Do as Channel.seal() does."""
+        return self.channel.seal(topic, plaintext)
 
     def open(self, topic: str, message: bytes) -> tuple[int, bytes]:
-        """Return an answer's plaintext after the number of the request that it answers.
-
-        :raises TokenError: it answers no request that waits
-        """
-        message_digest = digest(message)
-        if problem := self._known.get(message_digest):  # one key may serve both directions
-            raise TokenError(problem)
-        number, plaintext = self._cipher.open(topic, message)
-        if number is None:  # then one request is sent at a time
-            number = self._sent - 1
-        if number not in self._awaited:
-            raise TokenError("an answer to no request that waits")
-        self._awaited.remove(number)
-        self._known[message_digest] = "an answer that was here before"
-        return number, plaintext
+        """Do as Channel.open() does."""
+        return self.channel.open(topic, message)

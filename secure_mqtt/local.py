@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from secure_mqtt.settings import Settings, random_id
 def local_broker(settings: Settings) -> Iterator[None]:
     """Run an MQTT broker in a thread, where the settings say.
 
-    Port 0 stands for a free one, which is put into the settings.
+    Port 0 stands for a free one, which is put into the settings. If they have a password, the
+    broker admits only who knows it: others use this machine, too.
     """
     import asyncio
     import logging
@@ -37,7 +39,7 @@ def local_broker(settings: Settings) -> Iterator[None]:
             settings.port = server.getsockname()[1]  # for a moment, nobody else takes it
     config = {
         "listeners": {"default": {"type": "tcp", "bind": f"{settings.host}:{settings.port}"}},
-        "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+        "plugins": plugins(settings),
     }
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -62,13 +64,27 @@ def local_broker(settings: Settings) -> Iterator[None]:
         thread.join(LOOP_INTERVAL)
 
 
+def plugins(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Return what decides whom the broker admits, as amqtt wants it."""
+    if settings.password is None:
+        return {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
+    return {"secure_mqtt.local_login.LoginPlugin": {"password": settings.password.decode()}}
+
+
 @contextlib.contextmanager
 def local_services(settings: Settings) -> Iterator[None]:
     """Run a broker and a responder for a request, and put into the settings how to reach them."""
     settings.host, settings.port = "127.0.0.1", 0
+    settings.username, settings.password = "local", secrets.token_hex().encode()
     ready = threading.Event()
-    names = {"netid": settings.netid, "host": settings.host, "id": random_id()}
-    its_settings = Settings(**names, timeout=settings.timeout)
+    its_settings = Settings(
+        netid=settings.netid,
+        host=settings.host,
+        id=random_id(),
+        username=settings.username,
+        password=settings.password,
+        timeout=settings.timeout,
+    )
     responder = Responder(its_settings, on_ready=ready.set)
 
     def run() -> None:

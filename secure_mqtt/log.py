@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from secure_mqtt.terminal import visible
+
 if TYPE_CHECKING:  # loaded where it is used: --help and usage errors do not need it
     import logging
 
@@ -37,7 +39,7 @@ def event(name: str, is_warning: bool = False, **values: Any) -> None:
     level = logging.WARNING if is_warning else logging.INFO
     if log().isEnabledFor(level):
         pairs = (f"{key}={json.dumps(value)}" for key, value in values.items())
-        log().log(level, "%s", " ".join((name, *pairs)))
+        log().log(level, "event=%s", " ".join((name, *pairs)))
 
 
 def milliseconds() -> float:
@@ -60,12 +62,19 @@ def set_up_log(settings: Settings) -> None:
 
 def programs_format() -> logging.Formatter:
     """Return the format of a responder's log: logfmt, with the time in UTC."""
+    import json
     import logging
+
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            if not record.msg.startswith("event="):  # what is said in a sentence, not by event()
+                record.msg, record.args = "event=note text=%s", (json.dumps(record.getMessage()),)
+            return super().format(record)
 
     logging.addLevelName(logging.INFO, "info")
     logging.addLevelName(logging.WARNING, "warning")
-    line = "time=%(asctime)s.%(msecs)03dZ level=%(levelname)s event=%(message)s"
-    formatter = logging.Formatter(line, "%Y-%m-%dT%H:%M:%S")
+    line = "time=%(asctime)s.%(msecs)03dZ level=%(levelname)s %(message)s"
+    formatter = Formatter(line, "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     return formatter
 
@@ -74,9 +83,20 @@ def persons_format() -> logging.Formatter:
     """Return the format for a person: progress begins with the time since the start."""
     import logging
 
+    arrows = {} if can_show("→←") else str.maketrans({"→": "->", "←": "<-"})
+
     class Formatter(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
             begin = f"{milliseconds():.0f} ms: " if record.levelno == logging.INFO else ""
-            return f"{PROGRAM}: {begin}{record.getMessage()}"
+            return visible(f"{PROGRAM}: {begin}{record.getMessage()}").translate(arrows)
 
     return Formatter()
+
+
+def can_show(text: str) -> bool:
+    """Tell whether the encoding of standard error has a text's characters."""
+    try:
+        text.encode(getattr(sys.stderr, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -2,59 +2,329 @@
 
 from __future__ import annotations
 
-import socket
-import threading
+import contextlib
 import time
-from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
-from crypto import CryptoError
+from crypto import CryptoError, TokenError
 from secure_mqtt.actions import KEY_EXCHANGE, RESPONSE
-from secure_mqtt.calls import ANSWER, EXCHANGE, check_answer, exchange_keys, timed_out, topics
-from secure_mqtt.connection import Connection, Message, backoff
-from secure_mqtt.errors import ProgramError
-from secure_mqtt.exchange import Exchange
+from secure_mqtt.calls import (
+    ANSWER,
+    ANSWER_RECEIVED,
+    EXCHANGE,
+    KEY_RECEIVED,
+    REQUEST_SENT,
+    ask,
+    check_answer,
+    log_message,
+    timed_out,
+    topics,
+)
+from secure_mqtt.connection import Connection, backoff
+from secure_mqtt.errors import ProgramError, UnusableError
+from secure_mqtt.exchange import Channel, Exchange
+from secure_mqtt.faults import CONNACK, CONNECTING, LARGE_MESSAGE, SUBACK
+from secure_mqtt.lines import InputLines, Window
 from secure_mqtt.log import log
+from secure_mqtt.mailboxes import Message
 from secure_mqtt.settings import Settings
-from secure_mqtt.streams import check_size, checked_message, is_utf8, standard_input, write_output
+from secure_mqtt.streams import write_output
+from secure_mqtt.suites import SUITES
 
-CHUNK_SIZE = 2**16  # bytes, read from standard input at a time
-WINDOW, WINDOW_BYTES = 64, 2**20  # requests sent, but not answered yet
-# Seconds without an answer until all is tried again, then doubled. A peer on the course's own
-# module has the one suite only, and needs long.
-PATIENCE = {"x25519": 2.0, "dh4096": 15.0}
-MAX_REQUESTS_PER_KEY = {"x25519": 10_000, "dh4096": 100}  # both ends remember them
 IDLE_TIME = 30.0  # seconds after which a key is renewed: a responder may forget it
+MAX_KEYS = 8  # of one exchange that are tried, since any may be the responder's
+QUICK = 1.0  # seconds: who answers an exchange within them is not one of the slow responders
+MAX_LOSSES = 3  # of a connection, each with the same large line on its way
 
 
-class Session:
-    """Each line of standard input is a request; the answers are printed in their order."""
+class Pace(NamedTuple):
+    """What the suite means for a session."""
+
+    window: int  # lines sent, but not answered yet
+    max_requests: int  # under one key, since both ends remember them
+    patience: float  # seconds without an answer until all is tried again, then doubled
+    repeats_exchange: bool  # whether that holds for an exchange, too
+
+
+NUMBERED = Pace(64, 10_000, 2.0, repeats_exchange=True)
+# Nothing but their order tells which request an answer is for, and nothing at all which exchange.
+# A peer on the course's own module has this suite only, and needs 10 s for an exchange.
+IN_ORDER = Pace(1, 100, 15.0, repeats_exchange=False)
+
+
+def pace_of(suite: str) -> Pace:
+    """Return the pace in a suite, one of SUITES."""
+    return NUMBERED if SUITES[suite].is_numbered else IN_ORDER
+
+
+class SessionKey:
+    """The key that lines are encrypted with: agreed on with a responder, and renewed when old.
+
+    Nothing in an answer to an exchange need tell for which one it is. It may come late, for one
+    that was made before the connection was lost, or be for another client of the NetID. So each
+    that comes gives a key to try, until an answer to a line opens with one of them.
+    """
+
+    def __init__(
+        self, new_exchange: Callable[[], Exchange], rekey: float, max_requests: int
+    ) -> None:
+        """Begin without a key.
+
+        :param rekey: seconds after which it is old
+        :param max_requests: so many lines make it old, too
+        """
+        self._new_exchange = new_exchange
+        self._rekey = rekey
+        self._max_requests = max_requests
+        self._exchange: Exchange | None = None  # whose answer may be still to come
+        self._answers: set[bytes] = set()  # to the exchange
+        self._channels: list[Channel] = []  # newest last; one, as soon as that is known to be it
+        self._asked = self._agreed = 0.0  # of time.monotonic()
+        self.exchange_time = float("inf")  # seconds until the last exchange was answered
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether an exchange is under way."""
+        return self._exchange is not None and not self._channels
+
+    def forget(self) -> None:
+        """Use neither the key nor the exchange any more."""
+        self._exchange = None
+        self._answers.clear()
+        self._channels.clear()
+
+    def ask(self) -> bytes:
+        """Return message 1 of a new exchange."""
+        self.forget()
+        self._exchange = self._new_exchange()
+        self._asked = time.monotonic()
+        return self._exchange.request()
+
+    def agree(self, response: bytes) -> str:
+        """Take message 2.
+
+        :return: who has sent it, for a person
+        :raises CryptoError: it gives no key to try
+        """
+        if not self._exchange or response in self._answers or len(self._answers) == MAX_KEYS:
+            raise UnusableError("a key that nobody waits for")
+        peer = self._exchange.agree(response)
+        self._answers.add(response)
+        self._channels.append(self._exchange.channel)
+        self._agreed = time.monotonic()
+        self.exchange_time = self._agreed - self._asked
+        return peer
+
+    def is_fresh(self) -> bool:
+        """Tell whether there is a key that may be used for another line."""
+        is_old = time.monotonic() - self._agreed >= self._rekey
+        return bool(self._channels) and not is_old and self._channels[-1].sent < self._max_requests
+
+    def seal(self, topic: str, number: int, line: bytes) -> bytes:
+        """Return the encrypted request for a line, of that number."""
+        return self._channels[-1].seal(topic, line, number)
+
+    def open(self, topic: str, message: bytes) -> tuple[int, bytes]:
+        """Return an answer's text after the number of the line that it answers.
+
+        :raises TokenError: it is no answer under a key of ours
+        """
+        if not self._channels:
+            raise TokenError("not encrypted with our key")
+        *others, channel = self._channels
+        for other in others:
+            with contextlib.suppress(TokenError):
+                return self._settle(other, other.open(topic, message))
+        return self._settle(channel, channel.open(topic, message))
+
+    def _settle(self, channel: Channel, answer: tuple[int, bytes]) -> tuple[int, bytes]:
+        """Return the answer, and use no other key than that which has opened it any more."""
+        if self._exchange:
+            self._exchange, self._channels = None, [channel]
+        return answer
+
+
+class Patience:
+    """How long to wait: until all is tried again, and until it is given up."""
+
+    def __init__(self, seconds: float, timeout: float) -> None:
+        """Begin to wait; at most for half the timeout, before all is tried again."""
+        self._first_seconds = min(seconds, timeout / 2)
+        self._timeout = timeout
+        self.begin()
+
+    def begin(self) -> None:
+        """Count the time from now on: an answer has come, or the first of some lines."""
+        self.began = self._tried = time.monotonic()
+        self._seconds = self._first_seconds
+        self._delays = backoff()
+        self.losses = 0  # of the connection, with a large line on its way
+
+    def note_try(self) -> None:
+        """Count the time until it is tried again from now on."""
+        self._tried = time.monotonic()
+
+    def delay(self) -> float:
+        """Return the seconds to wait before another connection, on which patience is longer."""
+        self._seconds *= 2
+        return next(self._delays)
+
+    def ends(self) -> float:
+        """Return when all is to be tried again, of time.monotonic()."""
+        return self._tried + self._seconds
+
+    def gives_up(self) -> float:
+        """Return when it is to be given up, of time.monotonic()."""
+        return self.began + self._timeout
+
+
+class Dialogue:
+    """What is said over the connections, one after the other: keys, lines, and their answers."""
 
     def __init__(self, settings: Settings, new_exchange: Callable[[], Exchange]) -> None:
         """Begin to read standard input."""
         self._settings = settings
-        self._new_exchange = new_exchange
-        # Nothing but their order tells which request a response of dh4096 is for.
-        self._window = WINDOW if settings.suite == "x25519" else 1
-        self._max_requests = MAX_REQUESTS_PER_KEY[settings.suite]
-        self._mqtt = Connection(settings)
-        self._is_connected = self._has_connected = False  # now; ever
-        self._is_printing = False  # which lasts as long as the reader pleases
-        self._setback: ProgramError | None = None  # why it is not connected any more
-        self._begin_to_wait()
-        self._exchange: Exchange | None = None
-        self._exchanged = 0.0  # of time.monotonic()
-        self._base = 1  # the number of the line that was the exchange's first request
+        self._pace = pace = pace_of(settings.suite)
+        self._asking, self._answering = topics(settings)
+        self._mqtt: Connection
+        self._key = SessionKey(new_exchange, settings.rekey or float("inf"), pace.max_requests)
         self._input = InputLines()
-        self._lines: deque[bytes] = deque()  # read, but not answered
-        self.first = 1  # the number of the first of them
-        self._sent = self._sent_bytes = 0  # of them
-        self._answers: dict[int, bytes] = {}  # by line number: those that came before their turn
+        self.window = Window(pace.window)
+        self.patience = Patience(pace.patience, settings.timeout)
+        self.is_printing = False  # which lasts as long as the reader pleases
+
+    def run(self, mqtt: Connection) -> None:
+        """Go on over a connection until all lines are answered.
+
+        :raises TimeoutError: an answer did not come, and another connection may help
+        :raises ProgramError: the connection has ended, or the first line can't be answered
+        """
+        self._mqtt = mqtt
+        while self.window or not self._input.has_ended:
+            self._go_on()
+
+    def check_input(self) -> None:
+        """Raise ProgramError if standard input has ended before its time."""
+        if self._input.fault:
+            raise self._input.fault
+
+    def interrupt(self) -> None:
+        """Prepare for another connection, where all is said again that was not answered."""
+        if not self.window:
+            self.patience.began = time.monotonic()
+        self._key.forget()
+        self.window.send_alone()  # a line among them may be what has ended the connection
+        self.window.send_again()
+
+    def _go_on(self) -> None:
+        """Send what can be sent, and take what comes."""
+        window = self.window
+        if window.has_more():
+            if self._key.is_fresh():
+                self._send()
+            elif not window.sent and not self._key.is_asked_for:  # what is in flight comes first
+                self._ask_for_key()
+        self._mqtt.patience_ends = self.patience.ends() if self._tries_again() else float("inf")
+        is_reading = window.has_room() and not self._input.has_ended
+        if self._mqtt.wait(others=[self._input] if is_reading else []):
+            self._read()
+        while self._mqtt.inbox:
+            self._take(self._mqtt.inbox.take())
+        self._print()
+
+    def _tries_again(self) -> bool:
+        """Tell whether there is a time when all is to be tried again."""
+        if not self._key.is_asked_for:
+            return self.window.sent > 0
+        is_on_its_way = len(self._mqtt.outbox) > 0  # so that no responder has it
+        is_overdue = self._key.exchange_time < QUICK
+        return self._pace.repeats_exchange or is_on_its_way or is_overdue
+
+    def _read(self) -> None:
+        if not self.window:
+            if time.monotonic() - self.patience.began >= IDLE_TIME:
+                self._key.forget()
+            self.patience.begin()
+        self.window.add(self._input.read())
+
+    def _ask_for_key(self) -> None:
+        ask(self._mqtt, self._settings, KEY_EXCHANGE, self._key.ask())
+        self.patience.note_try()
+
+    def _send(self) -> None:
+        for number, line in self.window.send():
+            message = self._key.seal(self._asking, number, line)
+            self._mqtt.publish(self._asking, message)
+            if self._settings.verbose:
+                content = f"line {number}, encrypted"
+                log_message(self._settings, REQUEST_SENT, len(message), content)
+
+    def _take(self, message: Message) -> None:
+        """Take what is a key, or an answer."""
+        is_answer = message.topic == self._answering
+        if not is_answer and message.topic != RESPONSE.format(self._settings.netid, KEY_EXCHANGE):
+            return
+        try:
+            (self._take_answer if is_answer else self._take_key)(message)
+        except CryptoError as error:
+            if is_answer != self._key.is_asked_for:  # else nobody waits for such
+                self._mqtt.ignored[str(error)] += 1
+
+    def _take_key(self, message: Message) -> None:
+        check_answer(message, 0)
+        peer = self._key.agree(message.payload)
+        log_message(self._settings, KEY_RECEIVED, len(message.payload))
+        log().info("the responder %s", peer)
+        self._mqtt.stage = ANSWER
+        self.window.send_again()  # what went under an earlier key may have been in vain
+        self._send()
+        self.patience.note_try()
+
+    def _take_answer(self, message: Message) -> None:
+        check_answer(message, self.window.sent_bytes)
+        number, text = self._key.open(message.topic, message.payload)
+        self.window.answer(number, text)
+        if self._settings.verbose:
+            content = f"the answer to line {number}, encrypted"
+            log_message(self._settings, ANSWER_RECEIVED, len(message.payload), content)
+
+    def _print(self) -> None:
+        """Print the answers whose turn it is."""
+        if texts := self.window.due_answers():
+            self.is_printing = True
+            write_output(b"".join(b"%b\n" % text for text in texts))
+            self.window.finish(len(texts))
+            self.is_printing = False
+            self.patience.begin()
+        self.window.check()
+
+
+class Session:
+    """Each line of standard input is a request; the answers are printed in their order.
+
+    The dialogue outlasts its connection to the broker, which is made again when it was lost.
+    """
+
+    def __init__(self, settings: Settings, new_exchange: Callable[[], Exchange]) -> None:
+        """Begin to read standard input."""
+        self._settings = settings
+        self._dialogue = Dialogue(settings, new_exchange)
+        self._mqtt = Connection(settings)
+        self._has_connected = False  # ever
+        self._setback: ProgramError | None = None  # why it is not connected any more
+
+    @property
+    def first(self) -> int:
+        """The number of the first line that is not answered."""
+        return self._dialogue.window.first
 
     def end(self) -> float:
         """Return when it is to be given up; never while there is nothing to wait for."""
-        is_idle = self._is_printing or (self._is_connected and not self._lines)
-        return float("inf") if is_idle else self._progress + self._settings.timeout
+        dialogue = self._dialogue
+        is_connected = self._mqtt.stage not in (CONNECTING, CONNACK, SUBACK)
+        is_idle = dialogue.is_printing or (is_connected and not dialogue.window)
+        return float("inf") if is_idle else dialogue.patience.gives_up()
 
     def timed_out(self) -> ProgramError:
         """Return the error for that."""
@@ -62,23 +332,34 @@ class Session:
 
     def run(self) -> None:
         """Answer all lines. ProgramError: the line with the number in first can't be answered."""
-        while True:
-            try:
-                with self._mqtt:
-                    self._connect()
-                    while self._lines or not self._input.has_ended:
-                        self._go_on()
-                break
-            except TimeoutError as error:
-                self._setback = self._stall()
-                self._prepare_again(error)
-            except ProgramError as error:
-                if error.is_final or not self._has_connected:
-                    raise
-                self._setback = error
-                self._prepare_again(error)
-        if self._input.fault:
-            raise self._input.fault
+        while reason := self._try():
+            log().info("connecting again: %s", reason)
+            self._dialogue.interrupt()
+            self._mqtt = Connection(self._settings)
+            time.sleep(self._dialogue.patience.delay())
+        self._dialogue.check_input()
+
+    def _try(self) -> Exception | None:
+        """Do it over one connection. The result is why another one is needed, if so."""
+        try:
+            with self._mqtt:
+                self._connect()
+                self._dialogue.run(self._mqtt)
+        except TimeoutError as error:
+            self._setback = self._stall()
+            return error
+        except ProgramError as error:
+            self._accept_loss(error)
+            return error
+        return None
+
+    def _connect(self) -> None:
+        self._mqtt.connect()
+        _, topic = topics(self._settings)
+        self._mqtt.subscribe(RESPONSE.format(self._settings.netid, KEY_EXCHANGE), topic)
+        self._mqtt.stage = EXCHANGE
+        self._has_connected = True
+        self._setback = None
 
     def _stall(self) -> ProgramError:
         """Return what to say if the time is over before it is connected again."""
@@ -86,153 +367,11 @@ class Session:
         again = f"connecting to {self._settings.broker} again was under way"
         return ProgramError(f"{fault}; {again}", fault.hint)
 
-    def _connect(self) -> None:
-        self._mqtt.connect()
-        _, topic = topics(self._settings)
-        self._mqtt.subscribe(RESPONSE.format(self._settings.netid, KEY_EXCHANGE), topic)
-        self._mqtt.stage = EXCHANGE
-        self._is_connected = self._has_connected = True
-        self._setback = None
-
-    def _prepare_again(self, reason: Exception) -> None:
-        """Prepare another connection, on which all is sent again that was not answered."""
-        log().info("connecting again: %s", reason)
-        if not self._lines:
-            self._progress = time.monotonic()
-        self._is_connected, self._exchange = False, None
-        self._sent = self._sent_bytes = 0
-        self._answers.clear()
-        time.sleep(next(self._delays))
-        self._patience *= 2
-        self._mqtt = Connection(self._settings)
-
-    def _begin_to_wait(self) -> None:
-        """Count the time from now on: an answer has come, or the first of some lines."""
-        self._progress = self._tried = time.monotonic()
-        self._patience = min(PATIENCE[self._settings.suite], self._settings.timeout / 2)
-        self._delays = backoff()
-
-    def _go_on(self) -> None:
-        """Send what can be sent, and take what comes."""
-        exchange = self._fresh_exchange()
-        if not exchange and self._lines and not self._sent:  # what is in flight finishes first
-            exchange = self._renew_key()
-        if exchange:
-            self._send(exchange)
-        self._mqtt.patience_ends = self._tried + self._patience if self._sent else float("inf")
-        has_room = len(self._lines) < self._window and not self._input.has_ended
-        if self._mqtt.wait(others=[self._input] if has_room else []):
-            self._read()
-        while self._mqtt.inbox:
-            self._take(self._mqtt.inbox.take())
-        self._print()
-
-    def _read(self) -> None:
-        if not self._lines:
-            if time.monotonic() - self._progress >= IDLE_TIME:
-                self._exchange = None
-            self._begin_to_wait()
-        self._lines += self._input.read()
-
-    def _fresh_exchange(self) -> Exchange | None:
-        """Return the exchange, if its key may be used for another request."""
-        age = time.monotonic() - self._exchanged
-        requests = self.first + self._sent - self._base
-        is_old = age >= (self._settings.rekey or float("inf")) or requests >= self._max_requests
-        return None if is_old else self._exchange
-
-    def _renew_key(self) -> Exchange:
-        self._exchange = self._new_exchange()
-        self._mqtt.patience_ends = time.monotonic() + self._patience
-        exchange_keys(self._mqtt, self._settings, self._exchange)
-        self._mqtt.stage = ANSWER
-        self._base = self.first
-        self._exchanged = self._tried = time.monotonic()
-        return self._exchange
-
-    def _send(self, exchange: Exchange) -> None:
-        topic, _ = topics(self._settings)
-        while self._sent < min(self._window, len(self._lines)):
-            line = self._lines[self._sent]
-            if self._sent and self._sent_bytes + len(line) > WINDOW_BYTES:
-                break
-            self._mqtt.publish(topic, exchange.seal(topic, line))
-            self._sent += 1
-            self._sent_bytes += len(line)
-
-    def _take(self, message: Message) -> None:
-        """Keep an answer until its turn comes."""
-        _, topic = topics(self._settings)
-        if not self._exchange or message.topic != topic:
-            return
-        try:
-            check_answer(message, self._sent_bytes)
-            number, text = self._exchange.open(topic, message.payload)
-        except CryptoError as error:
-            self._mqtt.ignored[str(error)] += 1
-        else:
-            self._answers[self._base + number] = text
-
-    def _print(self) -> None:
-        """Print the answers whose turn it is."""
-        texts: list[bytes] = []
-        while is_line(text := self._answers.get(self.first + len(texts), b"\n")):
-            texts.append(text)
-        if texts:
-            self._is_printing = True
-            write_output(b"".join(b"%b\n" % text for text in texts))
-            for _ in texts:
-                del self._answers[self.first]
-                self._sent_bytes -= len(self._lines.popleft())
-                self._sent -= 1
-                self.first += 1
-            self._is_printing = False
-            self._begin_to_wait()
-        if self.first in self._answers:
-            raise ProgramError("the response is not one line of UTF-8 text", is_final=True)
-
-
-def is_line(text: bytes) -> bool:
-    """Tell whether bytes are one line of UTF-8 text, without its end."""
-    return is_utf8(text) and b"\n" not in text
-
-
-class InputLines:
-    """The lines of standard input, also for select(), which does not take files everywhere."""
-
-    def __init__(self) -> None:
-        """Begin to read."""
-        self._socket, copy = socket.socketpair()
-        self.fileno = self._socket.fileno
-        self._rest = bytearray()  # a line of which more is to come
-        self.has_ended = False
-        self.fault: ProgramError | None = None  # why it has, if not by itself
-        threading.Thread(target=self._copy, args=[copy], daemon=True).start()
-
-    def _copy(self, copy: socket.socket) -> None:
-        with copy:
-            try:
-                while data := standard_input().read1(CHUNK_SIZE):
-                    copy.sendall(data)
-            except ProgramError as error:
-                self.fault = error
-            except OSError as error:
-                self.fault = ProgramError(f"cannot read standard input: {error.strerror}")
-
-    def read(self) -> list[bytes]:
-        """Return the lines that have come, up to the first that can't be sent."""
-        data = self._socket.recv(CHUNK_SIZE)
-        self.has_ended = not data
-        first, *others = data.split(b"\n")
-        self._rest += first
-        if self.has_ended and self._rest:  # the last line may lack its end
-            others = [b""]
-        lines = []
-        try:
-            for start in others:
-                lines.append(checked_message(bytes(self._rest)))
-                self._rest = bytearray(start)
-            check_size(len(self._rest))  # whose end may never come
-        except ProgramError as error:
-            self.fault, self.has_ended = error, True
-        return lines
+    def _accept_loss(self, error: ProgramError) -> None:
+        """Take the end of the connection, or raise its error if another one can't help."""
+        patience = self._dialogue.patience
+        if self._dialogue.window.sent == 1 and self._mqtt.outbox.largest >= LARGE_MESSAGE:
+            patience.losses += 1
+        if error.is_final or not self._has_connected or patience.losses == MAX_LOSSES:
+            raise error
+        self._setback = error

@@ -13,20 +13,39 @@ from cryptography import exceptions, x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID, PublicKeyAlgorithmOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from crypto import CERTIFICATE, KeyFileError, PeerKeyError, digest, pem_blocks, to_pem
-from secure_mqtt.certificates import has_expired
+from secure_mqtt.certificates import (
+    MAX_CERTIFICATE_SIZE,
+    MAX_CHAIN,
+    MAX_EXCHANGE_SIZE,
+    has_expired,
+)
 from secure_mqtt.suites import key_blocks
 
 SIGNATURE = b"SECURE MQTT SIGNATURE"  # a PEM label
 REQUEST_LABEL = b"secure-mqtt/1 key-exchange request"
 RESPONSE_LABEL = b"secure-mqtt/1 key-exchange response"
-PSS_SALT_SIZE, MIN_RSA_SIZE = 32, 2048  # bytes; bits
+PSS_SALT_SIZE = 32  # bytes
+MAX_SHOWN, MAX_SHOWN_SIZE = 3, 200  # names in an error, and characters of them
+# Work with a key of RSA grows with the length of its numbers; public exponents are 65537 mostly.
+RSA_SIZES, MAX_RSA_EXPONENT_SIZE = range(2048, 4096 + 1), 32  # bits
+# Others are not even read: one of Diffie-Hellman takes the library seconds.
+KEY_ALGORITHMS = (
+    PublicKeyAlgorithmOID.ED25519,
+    PublicKeyAlgorithmOID.EC_PUBLIC_KEY,
+    PublicKeyAlgorithmOID.RSAES_PKCS1_v1_5,
+)
+TOO_MUCH = f"more than {MAX_CHAIN} certificates, or one of more than 8 KiB"
+OTHER_PURPOSE = "for another purpose"
 CHAIN_PROBLEMS = {  # parts of what the library says, each with what it means
     "not valid at": "that has expired, or is not valid yet",
-    "EKU": "for another purpose",
+    "EKU": OTHER_PURPOSE,
     "candidates exhausted": "from an unknown authority",
+    "2.5.29.17: Certificate is missing": "without a name",  # the OID of subjectAltName
+    "subjectAltName": "without a name",
 }
 # What the library raises for certificates and keys that it cannot take.
 CERTIFICATE_ERRORS = (
@@ -39,9 +58,9 @@ CERTIFICATE_ERRORS = (
 
 
 class Validity(NamedTuple):
-    """When certificates are valid, in seconds since 1970, UTC."""
+    """When all certificates are valid, from a signer's to an authority's own."""
 
-    begins: float
+    begins: float  # in seconds since 1970
     ends: float
 
 
@@ -66,6 +85,8 @@ class Identity:
             raise KeyFileError("holds a private key, and first a certificate for another")
         if is_over:
             raise KeyFileError("has expired; renew it")
+        if _is_too_much([each.public_bytes(Encoding.DER) for each in self._chain]):
+            raise KeyFileError(f"holds {TOO_MUCH}, which no peer accepts")
 
     @property
     def names(self) -> list[str]:
@@ -77,36 +98,45 @@ class Identity:
 
         :param blocks: what it begins with: our keys (PEM)
         """
-        return self.bundle(blocks, _signed_bytes(blocks, netid, request))
+        return self.sign_bytes(blocks, _signed_bytes(blocks, netid, request))
 
-    def bundle(self, blocks: bytes, signed_bytes: bytes) -> bytes:
-        """Return keys (PEM), our certificates, and our signature over some bytes."""
+    def sign_bytes(self, blocks: bytes, signed_bytes: bytes) -> bytes:
+        """Return PEM blocks, our certificates, and our signature over some bytes."""
         signature = self._key.sign(signed_bytes, *self._scheme)
         chain = [certificate.public_bytes(Encoding.PEM) for certificate in self._chain]
         return b"".join((blocks, *chain, to_pem(SIGNATURE, signature)))
 
 
 class Authority:
-    """Whose certificates a peer can prove itself with."""
+    """Whose certificates a peer can prove itself with.
+
+    Its content is the file as it was read, to compare with another.
+    """
 
     def __init__(self, pem: bytes) -> None:
         """Read the authorities' own certificates (PEM). KeyFileError if there is none."""
+        self.content = pem
         try:
-            self._policy = PolicyBuilder().store(Store(x509.load_pem_x509_certificates(pem)))
+            self._anchors = x509.load_pem_x509_certificates(pem)
+            self._policy = PolicyBuilder().store(Store(self._anchors))
         except CERTIFICATE_ERRORS:
             raise KeyFileError("holds no certificate in PEM") from None
 
-    def verify(self, payload: bytes, netid: str, name: str, request: bytes | None = None) -> None:
+    def verify(self, payload: bytes, netid: str, name: str, request: bytes | None = None) -> float:
         """Check who has signed message 1 or, if that is given as request, message 2.
 
         :param payload: that message, whole
         :param name: the DNS name that the signer's certificate must have
+        :return: until when that holds, in seconds since 1970: the end of the first certificate that
+            ends of those between the signer and our authority, its own included
         :raises PeerKeyError: it was not signed by that name's owner for this exchange
         """
-        signed_bytes = _signed_bytes(payload, netid, request)  # checks its size, too
-        self.verify_bundle(payload, signed_bytes, name, is_client=request is None)
+        if len(payload) > MAX_EXCHANGE_SIZE:
+            raise PeerKeyError("larger than any signed key exchange")
+        signed_bytes = _signed_bytes(payload, netid, request)
+        return self.verify_bytes(payload, signed_bytes, name, is_client=request is None).ends
 
-    def verify_bundle(
+    def verify_bytes(
         self,
         bundle: bytes,
         signed_bytes: bytes,
@@ -116,67 +146,141 @@ class Authority:
     ) -> Validity:
         """Check who has signed some bytes.
 
-        :param bundle: keys, certificates and signature (PEM), of a size that was checked
+        :param bundle: PEM blocks, certificates and signature, of a size that was checked
         :param name: the DNS name that the signer's certificate must have
-        :param is_client: whether that must be for clients; else for servers
-        :param at: the time to judge the certificates by, in seconds since 1970; None: now
-        :return: when these certificates are valid
-        :raises PeerKeyError: they were not signed by that name's owner
+        :param is_client: whether it must be for clients; else for responders
+        :param at: when it must be valid, in seconds since 1970; None: now
+        :raises PeerKeyError: the bytes were not signed by that name's owner
         """
         try:
-            *chain, signature = _signature_blocks(bundle)
-            with warnings.catch_warnings():  # of a serial number below 1, which is refused below
+            with (
+                warnings.catch_warnings()
+            ):  # of what is refused anyhow, like a serial number below 1
                 warnings.simplefilter("ignore")
-                leaf, *others = map(x509.load_der_x509_certificate, chain)
-            path = self._check_certificate(leaf, others, name, is_client, at)
-            key: Any = leaf.public_key()
-            key.verify(signature, signed_bytes, *_signature_scheme(key))
+                return self._verify(bundle, signed_bytes, name, is_client, at)
         except exceptions.InvalidSignature:
             raise PeerKeyError("its signature does not match") from None
         except PeerKeyError:
             raise
-        except CERTIFICATE_ERRORS:
+        except Exception:  # the library does not say all that it raises for what a stranger sends
             raise PeerKeyError(
                 "its signature or certificate is malformed, or of another kind"
             ) from None
+
+    def _verify(
+        self, bundle: bytes, signed_bytes: bytes, name: str, is_client: bool, at: float | None
+    ) -> Validity:
+        *chain, signature = _signature_blocks(bundle)
+        leaf, *others = _read_chain(chain)
+        path = self._verified_path(leaf, others, is_client, at)
+        _check_purpose(leaf, is_client)
+        _check_name(leaf, name)
+        key: Any = leaf.public_key()
+        key.verify(signature, signed_bytes, *_signature_scheme(key))
         return Validity(
             max(certificate.not_valid_before_utc.timestamp() for certificate in path),
             min(certificate.not_valid_after_utc.timestamp() for certificate in path),
         )
 
-    def _check_certificate(
-        self, leaf: Any, others: list[Any], name: str, is_client: bool, at: float | None
+    def _verified_path(
+        self, leaf: Any, others: list[Any], is_client: bool, at: float | None
     ) -> list[Any]:
-        """Return the certificates from a leaf to an authority's own."""
-        names = _dns_names(leaf)
-        if not names:
-            raise ValueError("no DNS name")
+        """Return the certificates from a leaf to an anchor, which are all valid then."""
+        issuers = self._issuers_among(others)
         policy = self._policy
         if at is not None:
             policy = policy.time(datetime.fromtimestamp(at, timezone.utc))
         try:
             if is_client:
-                path = policy.build_client_verifier().verify(leaf, others).chain
-            else:
-                path = policy.build_server_verifier(x509.DNSName(names[0])).verify(leaf, others)
+                return policy.build_client_verifier().verify(leaf, issuers).chain
+            # The library wants a name. The leaf's own will do, since ours is compared later.
+            [name, *_] = *_dns_names(leaf), "none"
+            return policy.build_server_verifier(x509.DNSName(name)).verify(leaf, issuers)
         except VerificationError as error:
             # After that comes the subject of a certificate, which a stranger chose.
             reason = str(error).partition(" (encountered")[0]
             problems = [text for part, text in CHAIN_PROBLEMS.items() if part in reason]
             problem = (*problems, "that is not valid")[0]
             raise PeerKeyError(f"signed with a certificate {problem}") from None
-        if name not in names:
-            raise PeerKeyError(f"signed by {', '.join(names)!r}, expected {name!r}")
-        return path
+
+    def _issuers_among(self, certificates: list[Any]) -> list[Any]:
+        """Return those certificates that an anchor has issued, or another of them.
+
+        The library tries each way through what it is given, from the leaf up. A stranger could make
+        the ways many, of keys that take long. So it gets nothing of a stranger's, and no signature
+        is verified with a key that no anchor vouches for.
+        """
+        trusted = [*self._anchors]
+        while found := [
+            certificate
+            for certificate in certificates
+            if certificate not in trusted and any(_issued(certificate, by) for by in trusted)
+        ]:
+            trusted += found
+        return trusted[len(self._anchors) :]
+
+
+def _issued(certificate: Any, issuer: Any) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (exceptions.InvalidSignature, TypeError, *CERTIFICATE_ERRORS):
+        return False
+    return True
+
+
+def _is_too_much(chain: list[bytes]) -> bool:
+    """Tell whether certificates (DER) are more, or larger, than one may sign with."""
+    return len(chain) > MAX_CHAIN or max(map(len, chain)) > MAX_CERTIFICATE_SIZE
+
+
+def _read_chain(chain: list[bytes]) -> list[Any]:
+    """Return a peer's certificates.
+
+    :raises PeerKeyError, ValueError: work with them takes too long, or they are malformed
+    """
+    if _is_too_much(chain):
+        raise PeerKeyError(f"signed with {TOO_MUCH}")
+    certificates = [*map(x509.load_der_x509_certificate, chain)]
+    for certificate in certificates:
+        if certificate.public_key_algorithm_oid not in KEY_ALGORITHMS:
+            raise ValueError("a key of another kind")
+        _check_key(certificate.public_key())
+    return certificates
+
+
+def _check_purpose(leaf: Any, is_client: bool) -> None:
+    """Check that a certificate says that its key signs for a client's end, or a responder's.
+
+    One that says nothing may be for anything else. anyExtendedKeyUsage does not do either: whoever
+    demands a purpose may refuse it (RFC 5280, 4.2.1.12).
+    """
+    purpose = ExtendedKeyUsageOID.CLIENT_AUTH if is_client else ExtendedKeyUsageOID.SERVER_AUTH
+    if purpose not in (_extension(leaf, x509.ExtendedKeyUsage) or ()):
+        raise PeerKeyError(f"signed with a certificate {OTHER_PURPOSE}")
+    usage = _extension(leaf, x509.KeyUsage)
+    if usage and not usage.digital_signature:
+        raise PeerKeyError("signed with a certificate for a key that is not for signatures")
+
+
+def _check_name(leaf: Any, name: str) -> None:
+    names = _dns_names(leaf)
+    if name not in names:
+        shown = ", ".join(names[:MAX_SHOWN])[:MAX_SHOWN_SIZE]
+        more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+        raise PeerKeyError(f"signed by {shown!r}{more}, expected {name[:MAX_SHOWN_SIZE]!r}")
 
 
 def _dns_names(certificate: Any) -> list[str]:
+    names = _extension(certificate, x509.SubjectAlternativeName)
+    return names.get_values_for_type(x509.DNSName) if names else []
+
+
+def _extension(certificate: Any, kind: Any) -> Any:
+    """Return a certificate's extension of a kind, or None."""
     try:
-        kind = x509.SubjectAlternativeName
-        extension = certificate.extensions.get_extension_for_class(kind).value
+        return certificate.extensions.get_extension_for_class(kind).value
     except x509.ExtensionNotFound:
-        return []
-    return [*extension.get_values_for_type(x509.DNSName)]
+        return None
 
 
 def _signature_blocks(payload: bytes) -> list[bytes]:
@@ -214,6 +318,14 @@ def _signature_scheme(key: Any) -> tuple[Any, ...]:
         return ()
     if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in ("secp256r1", "secp384r1"):
         return (ec.ECDSA(SHA256()),)
-    if isinstance(key, rsa.RSAPublicKey) and key.key_size >= MIN_RSA_SIZE:
+    if isinstance(key, rsa.RSAPublicKey):
+        _check_key(key)
         return padding.PSS(padding.MGF1(SHA256()), PSS_SALT_SIZE), SHA256()
     raise ValueError("a key of another kind")
+
+
+def _check_key(key: Any) -> None:
+    if isinstance(key, rsa.RSAPublicKey):
+        exponent = key.public_numbers().e
+        if key.key_size not in RSA_SIZES or exponent.bit_length() > MAX_RSA_EXPONENT_SIZE:
+            raise ValueError("a key of RSA that is too short, or takes too long")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 from crypto import token_size
 from secure_mqtt.errors import ProgramError
 from secure_mqtt.settings import Settings
+from secure_mqtt.terminal import visible
 
 if TYPE_CHECKING:
     import io
@@ -59,10 +60,12 @@ def check_size(size: int) -> None:
 
 
 def write_output(data: bytes) -> None:
-    """Write to standard output, whole and at once."""
+    """Write to standard output, whole and at once: as it is, but for controls on a terminal."""
     if sys.stdout is None:
         raise ProgramError("cannot write to standard output: it is closed", is_final=True)
     try:
+        if sys.stdout.isatty():
+            data = visible(data.decode(errors="backslashreplace")).encode()
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     except OSError as error:
@@ -73,7 +76,7 @@ def write_output(data: bytes) -> None:
 
 
 def say(text: str) -> None:
-    """Write a line to standard error, if there is one."""
+    """Write lines to standard error, if there is one; a peer may have chosen parts of them."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)

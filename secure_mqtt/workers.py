@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import os
 import signal
 import socket
@@ -16,11 +15,16 @@ from typing import Any, NoReturn, TypeVar
 from crypto import CryptoError
 
 CHECK_INTERVAL = 1.0  # seconds between looks at a deadline, which may have moved
+LENGTH_SIZE = 8  # bytes of the size that precedes what is sent to a worker or comes from it
 T = TypeVar("T")
 
 
 class WorkerError(Exception):
     """A process of our own was ended."""
+
+
+class WorkError(CryptoError):
+    """Work has failed for another reason than bad input. The text is the class of the error."""
 
 
 class Worker:
@@ -32,36 +36,33 @@ class Worker:
 
     def __init__(self, make: Callable[[], object]) -> None:
         """Start the child, which makes the object. Where no process can be had, a thread does."""
-        ours, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
+        self.fileno = self._socket.fileno  # for select(): an answer has come
         process = _fork()
         if process == 0:
-            ours.close()
+            self._socket.close()
             _work_and_exit(make, theirs)
         if process is None:
             threading.Thread(target=_work, args=(make, theirs), daemon=True).start()
         else:
             theirs.close()
-        self._channel = ours.makefile("rwb")
-        self.fileno = ours.fileno  # for select(): an answer has come
-        ours.close()  # the file remains
+
+    def __del__(self) -> None:
+        """Let the child end."""
+        self._socket.close()
 
     def send(self, method: str, *arguments: Any) -> None:
         """Let the object do something. One thing at a time. WorkerError if the child was ended."""
-        import pickle
-
         try:
-            pickle.dump((method, arguments), self._channel)
-            self._channel.flush()
+            _send(self._socket, (method, arguments))
         except OSError:
             raise WorkerError from None
 
     def receive(self) -> Any:
         """Wait for the result, or raise the error. WorkerError if the child was ended."""
-        import pickle
-
         try:
-            result, error = pickle.load(self._channel)  # noqa: S301 - it comes from our own child
-        except (EOFError, OSError, pickle.UnpicklingError):  # nothing more, or a part
+            result, error = _receive(self._socket)
+        except (EOFError, OSError):
             raise WorkerError from None
         if error:
             raise error
@@ -75,6 +76,32 @@ class Worker:
             return self.receive()
 
         return call
+
+
+def _send(channel: socket.socket, value: object) -> None:
+    import pickle
+
+    data = pickle.dumps(value)
+    channel.sendall(len(data).to_bytes(LENGTH_SIZE, "big") + data)
+
+
+def _receive(channel: socket.socket) -> Any:
+    """Return what was sent. No buffer outlasts it: it may be a key, or large."""
+    import pickle
+
+    size = int.from_bytes(_read(channel, LENGTH_SIZE), "big")
+    return pickle.loads(_read(channel, size))  # noqa: S301 - both ends are ours
+
+
+def _read(channel: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    rest = memoryview(data)
+    while rest:
+        count = channel.recv_into(rest)
+        if not count:
+            raise EOFError
+        rest = rest[count:]
+    return data
 
 
 def _fork() -> int | None:
@@ -102,25 +129,24 @@ def _work_and_exit(make: Callable[[], object], channel: socket.socket) -> NoRetu
 
 def _work(make: Callable[[], object], channel: socket.socket) -> None:
     make = functools.cache(make)
-    with contextlib.suppress(CryptoError, ImportError):  # it comes again when the parent asks
+    with contextlib.suppress(Exception):  # it comes again when the parent asks
         make()
-    with channel.makefile("rwb") as file, contextlib.suppress(EOFError):
+    with channel, contextlib.suppress(EOFError, OSError):
         while True:
-            _answer_once(make, file)
+            _answer_once(make, channel)
 
 
-def _answer_once(make: Callable[[], object], file: io.BufferedRWPair) -> None:
+def _answer_once(make: Callable[[], object], channel: socket.socket) -> None:
     """Do one thing for the parent, and keep nothing of it: a message may be large."""
-    import pickle
-
-    method, arguments = pickle.load(file)  # noqa: S301 - it comes from our own parent
+    method, arguments = _receive(channel)
     result = error = None
     try:
         result = getattr(make(), method)(*arguments)
     except (CryptoError, ImportError) as caught:
         error = caught
-    pickle.dump((result, error), file)
-    file.flush()
+    except Exception as caught:
+        error = WorkError(type(caught).__name__)
+    _send(channel, (result, error))
 
 
 def supervise(run: Callable[[], T], end: Callable[[], float]) -> T:

@@ -11,6 +11,7 @@ import argparse
 import base64
 import contextlib
 import importlib.util
+import itertools
 import os
 import socket
 import statistics
@@ -20,14 +21,14 @@ import tempfile
 import threading
 import time
 import timeit
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import paho.mqtt.client as paho
-from broker_side import made
+from broker_side import issue, made
 from conftest import (
     PROGRAM,
     ROOT,
@@ -59,10 +60,17 @@ from secure_mqtt.actions import KEY_EXCHANGE, REQUEST, RESPONSE
 from secure_mqtt.calls import call, exchange_keys, topics
 from secure_mqtt.connection import Connection
 from secure_mqtt.exchange import Exchange
-from secure_mqtt.session import WINDOW
+from secure_mqtt.session import NUMBERED
 from secure_mqtt.settings import Settings
 from secure_mqtt.signatures import Identity
-from secure_mqtt.suites import COUNTER_SIZE, SUITES, TAG_SIZE, Transcript, suite_of
+from secure_mqtt.suites import (
+    COUNTER_SIZE,
+    SUITES,
+    TAG_SIZE,
+    Transcript,
+    key_blocks,
+    suite_of,
+)
 
 try:
     from gmpy2 import powmod
@@ -667,7 +675,8 @@ def resident(pid: int) -> float:
 
 # --- the suites side by side -------------------------------------------------------------------
 
-POW, GMPY2, X25519, ECHO_OF_BYTES = "dh4096, pow", "dh4096, gmpy2", "x25519", "plain paho echo"
+POW, GMPY2, X25519, HYBRID = "dh4096, pow", "dh4096, gmpy2", "x25519", "mlkem768x25519"
+ECHO_OF_BYTES = "plain paho echo"
 SIZES = {"64 B": 64, "1 KiB": 2**10, "1 MiB": 2**20}
 FIGURES: dict[str, dict[str, dict[str, float]]] = {}  # by panel, group and kind, for --svg
 TIMES, RATES = "seconds", "per second"
@@ -685,7 +694,8 @@ def measure_suites(broker: Mosquitto, folder: Path) -> None:
         columns[POW] = suite_times("dh4096")
     if has_gmpy2():
         columns[GMPY2] = suite_times("dh4096")
-    columns[X25519] = suite_times("x25519")
+    for kind in (X25519, HYBRID):
+        columns[kind] = suite_times(kind)
     table("The suites, one step each", side_by_side(columns, microseconds))
     for kind, times in columns.items():
         for step in ("key pair", "agreement"):
@@ -733,6 +743,7 @@ def suite_times(suite: str) -> dict[str, float]:
     times = {
         "key pair": median_time(lambda: make().blocks),
         "agreement": median_time(lambda: client.agree(transcript)),
+        "both, of a responder": median_time(lambda: answer(suite, transcript)),
     }
     for name, size in SIZES.items():
         text = os.urandom(size)
@@ -741,6 +752,11 @@ def suite_times(suite: str) -> dict[str, float]:
         times[f"seal {name}"] = median_time(partial(ours.seal, topic, 0, text))
         times[f"open {name}"] = median_time(partial(theirs.open, topic, message))
     return times
+
+
+def answer(suite: str, transcript: Transcript) -> None:
+    """Do what a responder does for a key exchange, all in one."""
+    SUITES[suite].responder(transcript.request).agree(transcript)
 
 
 def median_time(action: Callable[[], object]) -> float:
@@ -782,40 +798,62 @@ def identity(certificates: Path, name: str) -> Path:
 
 # --- exchanges alone ---------------------------------------------------------------------------
 
-PER_RUN = {POW: 400, GMPY2: 1_000, X25519: 6_000, ECHO_OF_BYTES: 12_000}
+SIGNED = f"{HYBRID}, signed"  # and verified, by both ends
+PER_RUN = {
+    POW: 400,
+    GMPY2: 1_000,
+    X25519: 6_000,
+    HYBRID: 5_000,
+    SIGNED: 2_000,
+    ECHO_OF_BYTES: 12_000,
+}
 SKIPPED = 100  # answers before the measurement begins: then a stock of key pairs is used up
 
 
 class ExchangeLoad(BareClient):
-    """A client that publishes one payload on many topics, and takes the responses."""
+    """A client that publishes message 1 on many topics, and takes the responses."""
 
     WINDOW = 32  # publications without a response at a time
 
-    def __init__(self, port: int, prefix: str, payload: bytes) -> None:
+    def __init__(self, port: int, name: str, messages: Iterator[tuple[str, bytes]]) -> None:
         """Connect.
 
-        :param prefix: of the topics, in the place of a NetID; its last level gets a number
+        :param messages: each a NetID, or what stands in its place, and a payload
         """
-        everybody = "/".join([*prefix.split("/")[:-1], "+"])
-        super().__init__(port, f"load-{prefix}", RESPONSE.format(everybody, KEY_EXCHANGE))
-        self._prefix, self._payload = prefix, payload
-        self._count = 0
+        first = next(messages)
+        everybody = "/".join([*first[0].split("/")[:-1], "+"])
+        super().__init__(port, f"load-{name}", RESPONSE.format(everybody, KEY_EXCHANGE))
+        self._messages = itertools.chain([first], messages)
 
     def run(self, count: int) -> tuple[float, list[bytes]]:
         """Return the responses to so many publications, after the rate per second."""
-        last = self._count + count
-        responses: dict[bytes, bytes] = {}
+        messages = deque(itertools.islice(self._messages, count))  # to make them may take time
+        responses: list[bytes] = []
         began_with, began = 0, 0.0
         while len(responses) < count:
-            while self._count < min(last, last - count + len(responses) + self.WINDOW):
-                self._count += 1
-                topic = REQUEST.format(f"{self._prefix}{self._count}", KEY_EXCHANGE)
-                self.publish(topic, self._payload)
-            responses.update(self.receive())
+            while messages and count - len(messages) < len(responses) + self.WINDOW:
+                netid, payload = messages.popleft()
+                self.publish(REQUEST.format(netid, KEY_EXCHANGE), payload)
+            responses += [payload for _, payload in self.receive()]
             if not began and len(responses) >= SKIPPED:
                 began_with, began = len(responses), time.perf_counter()
         rate = (count - began_with) / (time.perf_counter() - began)
-        return rate, list(responses.values())
+        return rate, responses
+
+
+def by_everybody(prefix: str, payload: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield one payload for ever, each time by another."""
+    return ((f"{prefix}{number}", payload) for number in itertools.count())
+
+
+def by_signers(certificates: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield messages with new keys of some signers, one after the other, again and again."""
+    names = [f"signer{number}" for number in range(ExchangeLoad.WINDOW)]
+    for name in names:
+        issue(certificates, name, names=(name,))
+    signers = [Identity(identity(certificates, name).read_bytes()) for name in names]
+    for name, signer in itertools.cycle(zip(names, signers, strict=True)):
+        yield name, signer.sign(SUITES[HYBRID].client().blocks, name)
 
 
 def measure_exchanges(broker: Mosquitto, folder: Path) -> None:
@@ -823,25 +861,41 @@ def measure_exchanges(broker: Mosquitto, folder: Path) -> None:
     rows: list[tuple[str, ...]] = [
         ("suite", "exchanges", "plain echo", "ratio", "per CPU second", "plain echo", "ratio")
     ]
+    lab_key = by_everybody("lab", crypto.DhKeyPair(2).public_key)
     for name, env in environments(folder):
-        rows.append(exchange_row(broker, f"dh4096, {name}", crypto.DhKeyPair(2).public_key, env))
-    rows.append(exchange_row(broker, X25519, SUITES["x25519"].client().blocks, dict(os.environ)))
+        rows.append(exchange_row(broker, f"dh4096, {name}", lab_key, env))
+    for suite in (X25519, HYBRID):
+        asking = by_everybody(suite, SUITES[suite].client().blocks)
+        rows.append(exchange_row(broker, suite, asking, dict(os.environ)))
+    certificates = made(folder / "exchange-certs", "responder")
+    options = [
+        f"--identity={identity(certificates, 'responder')}",
+        f"--peer-ca={certificates}/ca.crt",
+    ]
+    signed = by_signers(certificates)
+    rows.append(exchange_row(broker, SIGNED, signed, dict(os.environ), *options))
     table("Exchanges alone, per second, and per second of CPU time", rows)
 
 
 def exchange_row(
-    broker: Mosquitto, kind: str, payload: bytes, env: dict[str, str]
+    broker: Mosquitto,
+    kind: str,
+    messages: Iterator[tuple[str, bytes]],
+    env: dict[str, str],
+    *options: str,
 ) -> tuple[str, ...]:
-    """Measure the exchanges of one kind, all with one key pair, in turn with echoes."""
+    """Measure the exchanges of one kind in turn with echoes."""
     ours, theirs = [], []
-    with responding(broker, env) as responder, echoing(broker) as echo:
-        exchanges = ExchangeLoad(broker.port, kind.replace(", ", "-"), payload)
-        echoes = ExchangeLoad(broker.port, PLAIN, payload)
+    _, payload = next(messages)
+    kind_of_answer = suite_and_labels(SUITES[kind.partition(",")[0]].responder(payload).blocks)
+    with responding(broker, env, *options) as responder, echoing(broker) as echo:
+        exchanges = ExchangeLoad(broker.port, kind.replace(", ", "-"), messages)
+        echoes = ExchangeLoad(broker.port, PLAIN, by_everybody(PLAIN, payload))
         for load in (exchanges, echoes):
             load.run(2 * SKIPPED)  # the warm-up
         for _ in range(5):
             rates, keys = exchange_rates(exchanges, PER_RUN[kind], responder.process.pid)
-            assert {suite_of(key).name for key in keys} == {kind[:6]}
+            assert {suite_and_labels(key) for key in keys} == {kind_of_answer}
             assert len({*keys}) == len(keys), "a key pair was used twice"
             ours.append(rates)
             rates, answers = exchange_rates(echoes, PER_RUN[ECHO_OF_BYTES], echo)
@@ -851,9 +905,15 @@ def exchange_row(
         echoes.close()
         assert len(responder.lines) == 1, responder.lines  # nothing was wrong
     pairs = list(zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True))
-    for who, column in zip((kind, ECHO_OF_BYTES), pairs[0], strict=True):
-        note(RATES, "exchanges", who, statistics.median(column))
+    if kind in COLOURS:
+        for who, column in zip((kind, ECHO_OF_BYTES), pairs[0], strict=True):
+            note(RATES, "exchanges", who, statistics.median(column))
     return (kind, *(cell for pair in pairs for cell in compared(*pair)))
+
+
+def suite_and_labels(payload: bytes) -> tuple[str, ...]:
+    """Return what the keys in a payload look like."""
+    return suite_of(payload).name, *(label.decode() for label, _ in key_blocks(payload))
 
 
 def exchange_rates(
@@ -922,7 +982,13 @@ client.disconnect()
 client.loop_stop()
 print((count - 1) / (times[-1] - times[0]))
 """
-SESSION_LINES = {"x25519": 20_000, "x25519, --rekey 1": 20_000, "dh4096": 2_000}
+SESSION_LINES = {
+    X25519: 20_000,
+    f"{X25519}, --rekey 1": 20_000,
+    HYBRID: 20_000,
+    f"{HYBRID}, --rekey 1": 20_000,
+    "dh4096": 2_000,
+}
 
 
 def measure_lines(broker: Mosquitto, folder: Path) -> None:
@@ -939,22 +1005,26 @@ def measure_lines(broker: Mosquitto, folder: Path) -> None:
                 rate = lines_per_second(broker.port, options, lines[:count])
                 rates.setdefault(name, []).append(rate)
             for name, numbers in {
-                "echo": (size, 20_000, WINDOW),
+                "echo": (size, 20_000, NUMBERED.window),
                 "echo, one by one": (token, 2_000, 1),
             }.items():
                 rates.setdefault(name, []).append(echoes_per_second(broker.port, *numbers))
     rows: list[tuple[str, ...]] = [("", "rate", "of", "rate", "ratio")]
     for name, of in (
-        ("x25519", "echo"),
-        ("x25519, --rekey 1", "echo"),
-        ("x25519, --rekey 1", "x25519"),
+        (X25519, "echo"),
+        (f"{X25519}, --rekey 1", "echo"),
+        (f"{X25519}, --rekey 1", X25519),
+        (HYBRID, "echo"),
+        (HYBRID, X25519),
+        (f"{HYBRID}, --rekey 1", HYBRID),
         ("dh4096", "echo, one by one"),
         ("dh4096", "echo"),
     ):
         ours, theirs, ratio = compared(rates[name], rates[of])
         rows.append((f"--lines, {name}", ours, of, theirs, ratio))
     table("Lines of one session, per second", rows)
-    kinds = {X25519: "x25519", GMPY2 if has_gmpy2() else POW: "dh4096", ECHO_OF_BYTES: "echo"}
+    kinds = {X25519: X25519, HYBRID: HYBRID, ECHO_OF_BYTES: "echo"}
+    kinds[GMPY2 if has_gmpy2() else POW] = "dh4096"
     for kind, name in kinds.items():
         note(RATES, "lines of\none session", kind, statistics.median(rates[name]))
 
@@ -1016,10 +1086,12 @@ def measure_signed(broker: Mosquitto, folder: Path) -> None:
         "the import floor": ["-c", FLOOR],
         "the floor with x509": ["-c", f"{FLOOR}, cryptography.x509.verification"],
         "dh4096, pow": [*request, "unsigned", *words],
-        "x25519": [*request, "--suite=x25519", "unsigned", *words],
-        "x25519, signed": [*request, "--suite=x25519", *signing["signed"], "signed", *words],
         "dh4096, pow, signed": [*request, *signing["signed"], "signed", *words],
     }
+    for suite in (X25519, HYBRID):
+        own = [*request, f"--suite={suite}"]
+        commands[suite] = [*own, "unsigned", *words]
+        commands[f"{suite}, signed"] = [*own, *signing["signed"], "signed", *words]
     with (
         responding(broker, plain, "unsigned"),
         responding(broker, plain, "signed", *signing["responder"]),
@@ -1106,7 +1178,13 @@ DRAWN_PARTS = ("suites", "exchanges", "lines")
 
 # --- the picture -------------------------------------------------------------------------------
 
-COLOURS = {POW: "#9a3412", GMPY2: "#f59e0b", X25519: "#2563eb", ECHO_OF_BYTES: "#94a3b8"}
+COLOURS = {
+    POW: "#9a3412",
+    GMPY2: "#f59e0b",
+    X25519: "#2563eb",
+    HYBRID: "#0d9488",
+    ECHO_OF_BYTES: "#94a3b8",
+}
 
 
 def draw(file: Path) -> None:
@@ -1125,8 +1203,8 @@ def draw(file: Path) -> None:
     draw_panel(axes[0], TIMES, "time of one step (shorter is better)", duration)
     draw_panel(axes[1], RATES, "rate (longer is better)", "{:,.0f}/s".format)
     handles = [patches.Patch(color=colour) for colour in COLOURS.values()]
-    figure.legend(handles, list(COLOURS), loc="outside upper center", ncols=4, frameon=False)
-    title = "The suites dh4096 and x25519: time of each step, and rates"
+    figure.legend(handles, list(COLOURS), loc="outside upper center", ncols=5, frameon=False)
+    title = "The suites dh4096, x25519 and mlkem768x25519: time of each step, and rates"
     figure.savefig(file, format="svg", facecolor="white", metadata={"Title": title, "Date": None})
 
 

@@ -26,7 +26,7 @@ from conftest import ROOT, SAFETY
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hostile import changed_program
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
@@ -76,7 +76,9 @@ def issue(
     begins: timedelta = timedelta(minutes=-1),
     ends: timedelta = timedelta(hours=1),
 ) -> None:
-    """Write a certificate and its key, replacing what is there, as generate-certs.sh would not.
+    """Write a certificate, its key and both, replacing what is there.
+
+    So generate-certs.sh would not.
 
     :param begins: when it becomes valid, from now
     """
@@ -98,18 +100,19 @@ def issue(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(issuers_key.public_key()), False
         )
     )
+    purposes = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
+    builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), False)
     if names:
         dns_names = x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
         builder = builder.add_extension(dns_names, False)
     certificate = builder.sign(issuers_key, hashes.SHA256())
-    (directory / f"{file}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (directory / f"{file}.key").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
+    pem = serialization.Encoding.PEM
+    in_pem = certificate.public_bytes(pem)
+    key_in_pem = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+    for end, content in (("crt", in_pem), ("key", key_in_pem), ("pem", in_pem + key_in_pem)):
+        (directory / f"{file}.{end}").write_bytes(content)
 
 
 def context(certificates: Path, name: str | None = None) -> ssl.SSLContext:
@@ -120,15 +123,25 @@ def context(certificates: Path, name: str | None = None) -> ssl.SSLContext:
     return tls
 
 
+def set_password(directory: Path, name: str, password: str) -> None:
+    """Add a user to the file passwords, which is made if there is none, or change a password."""
+    passwords = directory / "passwords"
+    passwords.touch(0o600)
+    command: list[str | Path] = ["mosquitto_passwd", "-b", passwords, name, password]
+    subprocess.run(command, check=True, capture_output=True, timeout=SAFETY)
+
+
 # --- broker/start ------------------------------------------------------------------------------
+
+
+PORTS = ("PLAIN_PORT", "TLS_PORT", "PROXY_PORT", "PASSWORD_PORT")
 
 
 def free_ports() -> dict[str, str]:
     """Return the environment that gives broker/start free ports."""
     with ExitStack() as stack:
-        names = ("PLAIN_PORT", "TLS_PORT", "PROXY_PORT", "PASSWORD_PORT")
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in names]
-        return {name: str(s.getsockname()[1]) for name, s in zip(names, servers, strict=True)}
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in PORTS]
+        return {name: str(s.getsockname()[1]) for name, s in zip(PORTS, servers, strict=True)}
 
 
 @contextmanager
@@ -145,13 +158,25 @@ def killed_at_timeout(process: subprocess.Popen[str]) -> Iterator[None]:
 class BrokerSide:
     """A running `broker/start`: its directory, its ports and the first line that it wrote."""
 
-    def __init__(self, directory: Path, ports: dict[str, str], script: Path, **options: Any):
+    def __init__(
+        self,
+        directory: Path,
+        env: dict[str, str],
+        script: Path = BROKER / "start",
+        **options: Any,
+    ) -> None:
+        """Start it.
+
+        :param env: the ports, "" for none, and what else is to be in the environment
+        """
         self.directory = directory
-        self.ports = ports
-        self.plain, self.tls, self.proxy, self.password = map(int, ports.values())
+        self.ports = {name: env[name] for name in PORTS}
+        self.plain, self.tls, self.proxy, self.password = (
+            int(port or 0) for port in self.ports.values()
+        )
         self.process: subprocess.Popen[str] = subprocess.Popen(
             [script, directory],
-            env=os.environ | ports,
+            env=os.environ | env,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -159,8 +184,21 @@ class BrokerSide:
         )
         assert self.process.stderr
         self.stderr = self.process.stderr
+        self.line = self.next_line()
+
+    def next_line(self) -> str:
+        """Return the next line of its stderr."""
         with killed_at_timeout(self.process):
-            self.line = self.stderr.readline()
+            return self.stderr.readline()
+
+    def reload(self) -> list[str]:
+        """Send SIGHUP and return the lines of its stderr up to the one that tells the result."""
+        self.process.send_signal(signal.SIGHUP)
+        lines = [self.next_line()]
+        while "reloaded" not in lines[-1]:
+            assert lines[-1], "it has ended"
+            lines.append(self.next_line())
+        return lines
 
     def ended(self) -> tuple[int, str]:
         """Wait for its end and return its exit status and the rest of its stderr."""
@@ -178,19 +216,19 @@ class BrokerSide:
 def started(
     directory: Path,
     ports: dict[str, str] | None = None,
-    script: Path = BROKER / "start",
     **options: Any,
 ) -> Iterator[BrokerSide]:
     """Run `broker/start DIR` from its first line to the end of the block."""
     for _ in range(5):  # another program may take one of the ports before the broker does
-        broker = BrokerSide(directory, ports or free_ports(), script, **options)
+        broker = BrokerSide(directory, ports or free_ports(), **options)
         try:
             if "in use" not in broker.line:
                 yield broker
                 return
         finally:
-            if not broker.stderr.closed:
-                broker.stop()
+            broker.process.terminate()
+            broker.process.wait(SAFETY)
+            broker.stderr.close()
     raise AssertionError(broker.line)
 
 
@@ -257,8 +295,9 @@ def certificate_client(broker: BrokerSide, name: str, **options: Any) -> Client:
     return Client(broker.tls, context(broker.directory, name), **options)
 
 
-def password_client(broker: BrokerSide, name: str) -> Client:
-    return Client(broker.password, context(broker.directory), (name, PASSWORDS[name]))
+def password_client(broker: BrokerSide, name: str, **options: Any) -> Client:
+    login = (name, PASSWORDS[name])
+    return Client(broker.password, context(broker.directory), login, **options)
 
 
 # --- fixtures ----------------------------------------------------------------------------------
@@ -275,15 +314,8 @@ def running(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """One broker side for the tests that leave it as it was."""
     directory = tmp_path_factory.mktemp("broker") / "with a space"
     shutil.copytree(certificates, directory)
-    passwords = directory / "passwords"
-    passwords.touch(0o600)
     for name, password in PASSWORDS.items():
-        subprocess.run(
-            ["mosquitto_passwd", "-b", passwords, name, password],
-            check=True,
-            capture_output=True,
-            timeout=SAFETY,
-        )
+        set_password(directory, name, password)
     with started(directory) as broker:
         assert broker.line.startswith("ready"), broker.line
         yield broker

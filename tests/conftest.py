@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
@@ -22,6 +23,13 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "secure_mqtt_client.py"
+# The program, but for one bound: each request that no key opens has a line in the log, so that a
+# test can wait for it.
+TALKATIVE = [
+    "-c",
+    f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import secure_mqtt_client as program;"
+    "from secure_mqtt import reports; reports.FOREIGN_INTERVAL = 0.0; os._exit(program.main())",
+]
 VECTORS = Path(__file__).resolve().parent / "vectors"
 SAFETY = 60.0  # seconds after which something that should have happened is taken to have failed
 
@@ -187,8 +195,11 @@ class Mosquitto:
 class ResponderProcess:
     """The program as a responder. Its standard error is read all the time, so it never blocks."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, str(PROGRAM), "--respond", *arguments]
+    def __init__(
+        self, *arguments: str, env: dict[str, str] | None = None, is_talkative: bool = False
+    ) -> None:
+        program = TALKATIVE if is_talkative else [str(PROGRAM)]
+        command = [sys.executable, *program, "--respond", *arguments]
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             command,
@@ -253,7 +264,7 @@ def own_broker(tmp_path: Path) -> Iterator[Mosquitto]:
 @pytest.fixture(scope="session")
 def responder(broker: Mosquitto) -> Iterator[ResponderProcess]:
     """A responder at the session's broker, for every NetID."""
-    process = ResponderProcess("-v", "-p", str(broker.port))
+    process = ResponderProcess("-v", "-p", str(broker.port), is_talkative=True)
     process.wait_for("ready")
     yield process
     process.stop()
@@ -264,7 +275,7 @@ def start_responder() -> Iterator[Callable[..., ResponderProcess]]:
     """Start responders that end with the test."""
     started: list[ResponderProcess] = []
 
-    def start(*arguments: str, ready: bool = True, **options: dict[str, str]) -> ResponderProcess:
+    def start(*arguments: str, ready: bool = True, **options: Any) -> ResponderProcess:
         started.append(ResponderProcess(*arguments, **options))
         if ready:
             started[-1].wait_for("ready")

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 with atheris.instrument_imports():
     import crypto
     from crypto import PeerKeyError, from_der, from_pem, to_der, to_pem
-    from secure_mqtt.suites import SUITES, suite_of
+    from secure_mqtt.suites import SUITES, HybridClient, Transcript, X25519Client, suite_of
 
 KEY = bytes(range(32))
+CLIENTS = HybridClient(), X25519Client()
 
 
 def read(data: bytes) -> None:
@@ -25,6 +26,12 @@ def read(data: bytes) -> None:
     for payload in data, to_pem(b"PUBLIC KEY", data):
         with contextlib.suppress(PeerKeyError):
             suite_of(payload)
+        for client in CLIENTS:
+            with contextlib.suppress(PeerKeyError):
+                client.agree(Transcript("netid", client.blocks, payload))
+        for suite in (suite for suite in SUITES.values() if not suite.is_slow):
+            with contextlib.suppress(PeerKeyError):
+                suite.responder(payload)
     with contextlib.suppress(crypto.TokenError):
         crypto.decrypt(data, KEY)
     with contextlib.suppress(ValueError):
@@ -36,7 +43,8 @@ def seeds(folder: Path) -> None:
     """Write valid inputs to begin from."""
     public_keys = [suite.client().blocks for suite in SUITES.values()]
     ders = [from_pem(b"PUBLIC KEY", key) for key in public_keys]
-    examples = *public_keys, *ders, crypto.encrypt(b"text", KEY)
+    answers = [suite_of(client.blocks).responder(client.blocks).blocks for client in CLIENTS]
+    examples = *public_keys, *ders, *answers, crypto.encrypt(b"text", KEY)
     for number, example in enumerate(examples):
         (folder / str(number)).write_bytes(example)
 

@@ -466,26 +466,37 @@ class LabClient(RawClient):
 
 
 @contextlib.contextmanager
-def lab_responder(port: int, netid: str = "+") -> Iterator[None]:
-    """Answer requests for uppercase, as the lab's protocol says, until the context ends."""
+def lab_responder(
+    port: int, netid: str = "+", seconds: float = 0
+) -> Iterator[list[tuple[str, str]]]:
+    """Answer requests for uppercase, as the lab's protocol says, until the context ends.
+
+    :param seconds: that it takes for an exchange; it does one thing after the other
+    :return: NetID and action of what came, in order
+    """
     keys: dict[str, bytes] = {}
+    came: list[tuple[str, str]] = []
+
+    def answer(netid: str, action: str, payload: bytes) -> bytes:
+        if action == "key-exchange":
+            threading.Event().wait(seconds)
+            key_pair = crypto.DhKeyPair()
+            keys[netid] = key_pair.shared_key(payload)
+            return key_pair.public_key
+        return crypto.encrypt(crypto.decrypt(payload, keys[netid]).decode().upper(), keys[netid])
 
     def serve() -> None:
         while True:
             message = raw.next_message()
             netid, action, _ = message.topic.split("/")
-            if action == "key-exchange":
-                key_pair = crypto.DhKeyPair()
-                keys[netid] = key_pair.shared_key(message.payload)
-                answer = key_pair.public_key
-            else:
-                text = crypto.decrypt(message.payload, keys[netid]).decode()
-                answer = crypto.encrypt(text.upper(), keys[netid])
-            raw.publish(f"{netid}/{action}/response", answer)
+            came.append((netid, action))
+            with contextlib.suppress(crypto.TokenError):  # nobody gets an answer to that
+                response = answer(netid, action, message.payload)
+                raw.publish(f"{netid}/{action}/response", response)
 
     with RawClient(port, "lab-responder", f"{netid}/+/request") as raw:
         thread = in_thread(serve)
-        yield
+        yield came
         raw.wire.end()
         thread.join(SAFETY)
 
@@ -501,7 +512,7 @@ def changed_program(folder: Path, change: str) -> Path:
     path.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "import crypto, secure_mqtt_client as program\n"
-        f"from secure_mqtt import connection, exchange, session, streams\n{change}"
+        f"from secure_mqtt import connection, exchange, session, streams, suites\n{change}"
         "if __name__ == '__main__':\n    os._exit(program.main())\n"
     )
     return path

@@ -6,8 +6,10 @@ later one that does: a broker keeps the order of one client's messages.
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
+import pty
 import pwd
 import shutil
 import signal
@@ -16,8 +18,10 @@ import ssl
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import termios
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,6 +40,7 @@ from broker_side import (
     load,
     made,
     password_client,
+    set_password,
     started,
 )
 from conftest import SAFETY, is_running, processes_below, wait_until
@@ -49,15 +54,12 @@ broker, certificates, own = broker_side.running, broker_side.certificates, broke
 
 def refused(directory: Path, **env: str) -> tuple[int, str]:
     """Run a `broker/start` that cannot start: its exit status and stderr."""
-    result = subprocess.run(
-        [BROKER / "start", directory],
-        env=os.environ | free_ports() | env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=SAFETY,
-    )
-    return result.returncode, result.stderr
+    broker = BrokerSide(directory, free_ports() | env)
+    if broker.line.startswith("ready"):
+        broker.stop()
+        pytest.fail("it started")
+    status, rest = broker.ended()
+    return status, broker.line + rest
 
 
 def children(of: BrokerSide) -> dict[str, int]:
@@ -72,6 +74,10 @@ def children(of: BrokerSide) -> dict[str, int]:
 
 def user_of(pid: int) -> int:
     return Path(f"/proc/{pid}").stat().st_uid
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def round_trip(netid: str, client: Client, responder: Client) -> None:
@@ -108,10 +114,6 @@ def verifies_as_server(
     except verification.VerificationError:
         return False
     return True
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -177,28 +179,47 @@ def test_the_ca_signs_certificates_and_no_other_certificate_can(certificates: Pa
 
 def test_keys_are_for_their_owner_alone_and_certificates_for_all(certificates: Path) -> None:
     modes = {path.name: path.stat().st_mode & 0o777 for path in certificates.iterdir()}
-    assert {mode for name, mode in modes.items() if name.endswith(".key")} == {0o600}
+    assert {mode for name, mode in modes.items() if name.endswith((".key", ".pem"))} == {0o600}
     assert {mode for name, mode in modes.items() if name.endswith(".crt")} == {0o644}
-    assert all(name.endswith((".key", ".crt")) for name in modes)
+    assert all(name.endswith((".key", ".pem", ".crt")) for name in modes)
+
+
+@pytest.mark.parametrize("name", ["alice", "responder", "localhost"])
+def test_a_names_pem_is_its_certificate_and_then_its_key(certificates: Path, name: str) -> None:
+    certificate, key, both = (
+        (certificates / f"{name}.{end}").read_bytes() for end in ("crt", "key", "pem")
+    )
+    assert both == certificate + key
+
+
+def test_the_files_that_were_made_are_listed(tmp_path: Path) -> None:
+    directory = tmp_path / "with a space"
+    for names, new in ((["alice", "bob"], ["ca.crt", "ca.key"]), (["carol"], [])):
+        listed = generate(directory, *names).stdout.splitlines()
+        own = [f"{name}.{end}" for name in names for end in ("crt", "key", "pem")]
+        assert listed == [f"{directory}/{file}" for file in (*new, *own)]
+        assert all(map(os.path.isfile, listed))
 
 
 def test_a_second_run_adds_names_and_keeps_the_rest(own: Path) -> None:
     before = snapshot(own)
     made(own, "carol", "dave")
     after = snapshot(own)
-    assert after.keys() - before.keys() == {"carol.crt", "carol.key", "dave.crt", "dave.key"}
+    assert after.keys() - before.keys() == {
+        f"{name}.{end}" for name in ("carol", "dave") for end in ("crt", "key", "pem")
+    }
     assert all(after[name] == content for name, content in before.items())
     assert verifies_as_client(own, "carol")
 
 
-@pytest.mark.parametrize("left", ["alice.crt", "alice.key"])
+@pytest.mark.parametrize("left", ["alice.crt", "alice.key", "alice.pem"])
 def test_an_existing_name_is_refused_and_nothing_changed(own: Path, left: str) -> None:
-    (own / ({"alice.crt", "alice.key"} - {left}).pop()).unlink()
+    for file in {"alice.crt", "alice.key", "alice.pem"} - {left}:
+        (own / file).unlink()
     before = snapshot(own)
     result = generate(own, "carol", "alice")
     assert result.returncode == 1
-    assert "alice.crt or" in result.stderr
-    assert "exists" in result.stderr
+    assert f"{left} exists" in result.stderr
     assert snapshot(own) == before
 
 
@@ -209,6 +230,7 @@ BAD_NAMES += [
     "::1",
     "ca",
     "status",
+    "shared",
     "",
     "a b",
     "a\nb",
@@ -266,6 +288,187 @@ def test_two_runs_at_once_keep_out_of_each_others_way(own: Path) -> None:
     assert not (own / "carol.crt").exists()
 
 
+# --- Other users of the same machine -----------------------------------------------------------
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+def given_away(path: Path) -> Path:
+    """Make another user the owner: of a link, not of what it leads to."""
+    os.chown(path, pwd.getpwnam("nobody").pw_uid, -1, follow_symlinks=False)
+    return path
+
+
+def with_mode(path: Path, mode: int) -> Path:
+    path.chmod(mode)
+    return path
+
+
+def below(parent: str, directory: Path) -> Path:
+    """Move a directory into a new one beside it, and return that one."""
+    above = directory.with_name(parent)
+    above.mkdir()
+    directory.rename(above / directory.name)
+    return above
+
+
+def link_to(path: Path) -> Path:
+    link = path.with_name(f"link to {path.name}")
+    link.symlink_to(path)
+    return link
+
+
+Change = Callable[[Path], Path]
+DIRECTORIES: dict[str, Change] = {
+    "group can write": lambda own: with_mode(own, 0o775),
+    "all can write": lambda own: with_mode(own, 0o757),
+    "all can write, sticky": lambda own: with_mode(own, 0o1777),
+    "group can write, by a link": lambda own: link_to(with_mode(own, 0o775)),
+    "in one that all can write": lambda own: with_mode(below("open", own), 0o777) / own.name,
+}
+ANOTHERS_DIRECTORIES: dict[str, Change] = {
+    "another's": given_away,
+    "another's, by a link": lambda own: link_to(given_away(own)),
+    "by another's link": lambda own: given_away(link_to(own)),
+    "in another's": lambda own: given_away(below("home", own)) / own.name,
+    "below another's link": lambda own: given_away(link_to(below("mine", own))) / own.name,
+}
+
+
+def cases(all_users: dict[str, Change], root_only: dict[str, Change]) -> pytest.MarkDecorator:
+    """Parametrise a test with changes to a path that make it unsafe."""
+    params = [pytest.param(change, id=name) for name, change in all_users.items()]
+    params += [pytest.param(root_only[name], id=name, marks=as_root) for name in root_only]
+    return pytest.mark.parametrize("change", params)
+
+
+@cases(DIRECTORIES, ANOTHERS_DIRECTORIES)
+@pytest.mark.parametrize("script", ["start", "generate-certs.sh"])
+def test_a_directory_that_others_can_change_is_refused(
+    own: Path, script: str, change: Change
+) -> None:
+    directory = change(own)
+    before = sorted(own.parent.rglob("*"))
+    if script == "start":
+        status, stderr = refused(directory)
+    else:
+        result = generate(directory, "carol")
+        status, stderr = result.returncode, result.stderr
+    assert status == 1
+    assert "belongs to another user, or" in stderr or "is not your own, or" in stderr
+    assert "hint: " in stderr
+    assert sorted(own.parent.rglob("*")) == before
+
+
+def test_a_directory_may_be_named_by_a_link_of_ones_own(own: Path) -> None:
+    link = link_to(own)
+    made(link, "carol")
+    with started(link) as broker:
+        assert broker.line.startswith("ready"), broker.line
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_nobody_else_can_write_to_a_directory_that_was_made(tmp_path: Path, umask: int) -> None:
+    directory = tmp_path / "one" / "certs"
+    command: list[str | Path] = [BROKER / "generate-certs.sh", directory, "alice"]
+    subprocess.run(command, umask=umask, check=True, capture_output=True, timeout=SAFETY)
+    assert [path.stat().st_mode & 0o777 for path in (directory, directory.parent)] == [
+        0o755 & ~umask
+    ] * 2
+
+
+FILES: dict[str, Change] = {
+    "a link": lambda path: link_to(path.rename(path.with_name("target"))).rename(path),
+    "group can write": lambda path: with_mode(path, 0o660),
+    "all can write": lambda path: with_mode(path, 0o606),
+}
+ANOTHERS_FILES: dict[str, Change] = {"another's": given_away}
+
+
+@cases(FILES, ANOTHERS_FILES)
+@pytest.mark.parametrize("name", ["ca.crt", "localhost.key", "passwords"])
+def test_a_file_that_others_may_have_chosen_is_not_used(
+    own: Path, name: str, change: Change
+) -> None:
+    (own / "passwords").touch(0o600)
+    change(own / name)
+    status, stderr = refused(own)
+    assert status == 1
+    assert f"{own / name} is a link, not your own, or others can write to it\nhint: " in stderr
+
+
+@cases(FILES, ANOTHERS_FILES)
+@pytest.mark.parametrize("name", ["ca.crt", "ca.key"])
+def test_an_authority_that_others_may_have_chosen_is_not_used(
+    own: Path, name: str, change: Change
+) -> None:
+    change(own / name)
+    result = generate(own, "carol")
+    assert result.returncode == 1
+    assert f"{own / name} is a link, not your own, or others can write to it\n" in result.stderr
+    assert not (own / "carol.crt").exists()
+
+
+@pytest.mark.parametrize("name", ["ca.crt", "ca.key", "carol.crt", "carol.key", "carol.pem"])
+def test_no_certificate_or_key_is_written_where_a_link_leads(
+    own: Path, tmp_path: Path, name: str
+) -> None:
+    if name.startswith("ca."):
+        for file in own.glob("ca.*"):
+            file.unlink()
+    (own / name).symlink_to(tmp_path / "elsewhere")
+    assert generate(own, "carol").returncode == 1
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("run", ["a directory", "a link"])
+def test_what_lies_in_the_place_of_run_is_removed_and_its_links_are_not_followed(
+    own: Path, tmp_path: Path, run: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    files = ("mosquitto.conf", "nginx.conf", "acl", "localhost.key", "mosquitto.log", "nginx.pid")
+    for name in files:
+        (victim / name).write_text("precious")
+    if run == "a directory":
+        (own / "run").mkdir()
+        for name in files:
+            (own / "run" / name).symlink_to(victim / name)
+    else:
+        (own / "run").symlink_to(victim)
+    if os.geteuid() == 0:
+        given_away(own / "run")
+    before = snapshot(victim)
+    with started(own) as broker:
+        assert broker.line.startswith("ready"), broker.line
+        assert not (own / "run").is_symlink()
+        assert (own / "run").stat().st_uid == os.geteuid()
+        assert not any(path.is_symlink() for path in (own / "run").iterdir())
+    assert snapshot(victim) == before
+
+
+def test_a_second_start_leaves_the_first_alone(own: Path) -> None:
+    with started(own) as broker:
+        status, stderr = refused(own)
+        assert status == 1
+        assert f"another broker/start is at work on {own}" in stderr
+        assert talk(broker.proxy, context(own, "alice")) == ACCEPTED
+        assert (own / "run" / "acl").exists()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640])
+def test_passwords_that_others_can_read_are_made_private(own: Path, mode: int) -> None:
+    passwords = own / "passwords"
+    passwords.touch(mode)
+    passwords.chmod(mode)
+    with started(own) as broker:
+        assert broker.line.startswith("start: warning: others could read")
+        assert str(passwords) in broker.line
+        assert broker.next_line().startswith("ready")
+        assert passwords.stat().st_mode & 0o777 == 0o600
+        assert (own / "run" / "passwords").stat().st_mode & 0o777 == 0o600
+
+
 # --- Who gets in -------------------------------------------------------------------------------
 
 
@@ -316,10 +519,16 @@ CONNECT = bytes.fromhex("100c 00044d515454 04 02 003c 0000")
 ACCEPTED = bytes.fromhex("20020000")
 
 
-def talk(port: int, tls: ssl.SSLContext, sent: bytes = CONNECT, name: str = "localhost") -> bytes:
+def talk(
+    port: int,
+    tls: ssl.SSLContext,
+    sent: bytes = CONNECT,
+    name: str = "localhost",
+    host: str = "127.0.0.1",
+) -> bytes:
     """Send to a TLS port and return the answer."""
     with (
-        socket.create_connection(("127.0.0.1", port), SAFETY) as plain,
+        socket.create_connection((host, port), SAFETY) as plain,
         tls.wrap_socket(plain, server_hostname=name) as secure,
     ):
         secure.sendall(sent)
@@ -482,6 +691,34 @@ def test_all_netids_read_the_status_and_none_writes_it(broker: BrokerSide, bob: 
         responder.publish("status/responder", "", retain=True)
 
 
+def test_all_netids_and_the_keeper_read_and_write_shared_topics(
+    broker: BrokerSide, bob: Client
+) -> None:
+    with (
+        certificate_client(broker, "alice") as alice,
+        certificate_client(broker, "responder") as keeper,
+    ):
+        clients = (alice, bob, keeper)
+        for topic in ("shared/kitchen", "shared/house/kitchen/oven"):
+            for client in clients:
+                client.subscribe(topic)
+            for publisher in clients:
+                publisher.publish(topic, "a message")
+                for client in clients:
+                    assert client.receive() == (topic, "a message")
+
+
+def test_nobody_asks_or_answers_in_the_name_of_shared_topics(
+    broker: BrokerSide, bob: Client
+) -> None:
+    with certificate_client(broker, "responder") as responder:
+        responder.subscribe("+/+/request", "shared/#")
+        bob.publish("shared/uppercase/request", "forged")
+        bob.publish("shared/uppercase/response", "forged")
+        bob.publish("shared/kitchen", "a message")
+        assert responder.receive() == ("shared/kitchen", "a message")
+
+
 @pytest.mark.parametrize(
     ("login", "name"),
     [
@@ -526,15 +763,44 @@ def test_a_certificate_names_its_client_whatever_that_says(broker: BrokerSide) -
         assert responder.receive() == ("alice/reverse/request", "own")
 
 
-def test_a_netid_cannot_throw_another_off_by_its_client_id(broker: BrokerSide, bob: Client) -> None:
-    with certificate_client(broker, "alice", client_id="alice") as alice:
-        bob.close()
-        with (
-            certificate_client(broker, "bob", client_id="alice"),
-            certificate_client(broker, "responder", client_id="alice") as responder,
-        ):
-            round_trip("alice", alice, responder)
-            assert not alice.disconnected.is_set()
+@pytest.mark.parametrize("login", [certificate_client, password_client])
+def test_a_netid_has_several_connections_at_a_time(
+    broker: BrokerSide, login: Callable[..., Client]
+) -> None:
+    with (
+        login(broker, "alice", client_id="alice-1") as publisher,
+        login(broker, "alice", client_id="alice-2") as subscriber,
+        certificate_client(broker, "alice") as client,  # the broker chooses its ID
+        certificate_client(broker, "responder") as responder,
+    ):
+        subscriber.subscribe("shared/kitchen")
+        publisher.publish("shared/kitchen", "a message")
+        assert subscriber.receive() == ("shared/kitchen", "a message")
+        round_trip("alice", client, responder)
+        assert not any(each.disconnected.is_set() for each in (publisher, subscriber))
+
+
+def test_a_netid_is_not_thrown_off_by_another_that_takes_its_name_for_an_id(
+    broker: BrokerSide, bob: Client
+) -> None:
+    with (
+        certificate_client(broker, "alice", client_id=f"alice-{os.urandom(8).hex()}") as alice,
+        certificate_client(broker, "responder") as responder,
+        certificate_client(broker, "bob", client_id="alice"),
+        password_client(broker, "bob", client_id="responder"),
+    ):
+        round_trip("alice", alice, responder)
+        assert not any(each.disconnected.is_set() for each in (alice, responder, bob))
+
+
+def test_a_client_whose_id_is_known_can_be_thrown_off_as_the_configuration_says(
+    broker: BrokerSide,
+) -> None:
+    with (
+        certificate_client(broker, "alice", client_id="alice") as alice,
+        certificate_client(broker, "bob", client_id="alice"),
+    ):
+        assert alice.disconnected.wait(SAFETY)
 
 
 # --- NGINX -------------------------------------------------------------------------------------
@@ -566,12 +832,29 @@ def test_nginx_limits_the_connections_of_one_address(own: Path) -> None:
 # --- start -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_everything(own: Path, number: int) -> None:
     with started(own) as broker:
         assert broker.line.startswith("ready")
         pids = children(broker).values()
         assert broker.stop(number) == (0, "")
+        assert not any(map(is_running, pids))
+
+
+def test_it_stops_when_its_terminal_is_closed(own: Path) -> None:
+    ours, its = pty.openpty()
+    with started(
+        own,
+        stdin=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as broker:
+        assert broker.line.startswith("ready"), broker.line
+        assert broker.reload()[-1].startswith("reloaded")
+        pids = processes_below(broker.process.pid)
+        os.close(its)
+        os.close(ours)
+        assert broker.ended() == (0, "")
         assert not any(map(is_running, pids))
 
 
@@ -611,19 +894,90 @@ def test_the_programs_get_copies_for_them_alone_and_not_the_ca_key(broker: Broke
     assert not (run / "ca.key").exists()
 
 
-def test_the_configuration_is_changed_as_its_head_says(own: Path, tmp_path: Path) -> None:
-    (own / "mqtt.example.edu.key").rename(tmp_path / "elsewhere.key")
+def listening(*pids: int) -> set[str]:
+    """Return where some processes wait for connections over IPv4, as address:port."""
+    inodes = set()
+    for pid in pids:
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            if (target := os.readlink(fd)).startswith("socket:"):
+                inodes.add(target.strip("socket:[]"))
+    found = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and fields[9] in inodes:  # LISTEN
+            address, port = (bytes.fromhex(part) for part in fields[1].split(":"))
+            found.add(f"{ipaddress.IPv4Address(address[::-1])}:{int.from_bytes(port, 'big')}")
+    return found
+
+
+def test_without_being_asked_for_there_is_no_port_that_goes_around_the_access_rules(
+    own: Path,
+) -> None:
+    with started(own, free_ports() | {"PLAIN_PORT": ""}) as broker:
+        expected = {f"127.0.0.1:{broker.tls}", f"127.0.0.1:{broker.proxy}"}
+        assert set(broker.line.rpartition(" on ")[2].split()) == expected
+        assert listening(*children(broker).values()) == expected
+
+
+def test_the_environment_chooses_address_and_name_but_the_plain_port_stays_on_loopback(
+    own: Path,
+) -> None:
+    (own / "passwords").touch(0o600)
+    for file in own.glob("localhost.*"):
+        file.unlink()
+    env = {"LISTEN": "127.0.0.2", "SERVER_NAME": "mqtt.example.edu"}
+    with started(own, free_ports() | env) as broker:
+        assert listening(*children(broker).values()) == {
+            f"127.0.0.1:{broker.plain}",
+            *(f"127.0.0.2:{port}" for port in (broker.tls, broker.proxy, broker.password)),
+        }
+        for port in (broker.tls, broker.proxy):
+            tls = context(own, "alice")
+            assert talk(port, tls, name="mqtt.example.edu", host="127.0.0.2") == ACCEPTED
+
+
+@pytest.mark.parametrize(
+    ("env", "listen", "broker_host"),
+    [
+        ({}, "127.0.0.1", "127.0.0.1"),
+        ({"LISTEN": "10.0.0.1"}, "10.0.0.1", "10.0.0.1"),
+        ({"LISTEN": "0.0.0.0"}, "0.0.0.0", "127.0.0.1"),
+        ({"LISTEN": "0.0.0.0", "BROKER_HOST": "broker.internal"}, "0.0.0.0", "broker.internal"),
+    ],
+)
+def test_the_configuration_for_other_machines_differs_in_addresses_alone(
+    env: dict[str, str], listen: str, broker_host: str
+) -> None:
+    files = [BROKER / name for name in ("mosquitto.conf", "plain.conf", "nginx.conf")]
+    text = subprocess.run(
+        [BROKER / "configure", *files],
+        env=os.environ | env,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=SAFETY,
+    ).stdout
+    expected = "".join(file.read_text() for file in files)
+    for old, new in (
+        ("\nlistener 8883 127.0.0.1", f"\nlistener 8883 {listen}"),
+        (" listen 127.0.0.1:8884;", f" listen {listen}:8884;"),
+        ("proxy_pass 127.0.0.1:", f"proxy_pass {broker_host}:"),
+    ):
+        assert expected.count(old) == 1
+        expected = expected.replace(old, new)
+    assert text == expected
+
+
+def test_certificate_and_key_may_lie_elsewhere(own: Path, tmp_path: Path) -> None:
+    (own / "localhost.key").rename(tmp_path / "elsewhere.key")
     changed = Path(shutil.copytree(BROKER, tmp_path / "broker"))
     conf = (changed / "mosquitto.conf").read_text()
-    plain = "listener 1884 127.0.0.1\nallow_anonymous true\n"
-    assert conf.count(plain) == 1
-    conf = conf.replace(plain, "").replace("localhost.crt", "mqtt.example.edu.crt")
+    assert conf.count("\nkeyfile localhost.key\n") == 1
     conf = conf.replace("localhost.key", str(tmp_path / "elsewhere.key"))
     (changed / "mosquitto.conf").write_text(conf)
     with started(own, script=changed / "start") as broker:
         assert broker.line.startswith("ready"), broker.line
-        assert str(broker.plain) not in broker.line
-        assert talk(broker.tls, context(own, "alice"), name="mqtt.example.edu") == ACCEPTED
+        assert talk(broker.tls, context(own, "alice")) == ACCEPTED
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has privileges to drop")
@@ -648,8 +1002,273 @@ def test_it_runs_without_being_root(certificates: Path) -> None:
         with started(directory, script=script, user="nobody", extra_groups=[]) as broker:
             assert broker.line.startswith("ready"), broker.line
             assert set(map(user_of, children(broker).values())) == {pwd.getpwnam("nobody").pw_uid}
+            assert broker.reload() == [RELOADED]
             assert talk(broker.proxy, context(directory, "alice")) == ACCEPTED
             assert broker.stop() == (0, "")
+
+
+# --- SIGHUP ------------------------------------------------------------------------------------
+
+
+RELOADED = "reloaded: mosquitto and NGINX take the files as they are now\n"
+
+
+@dataclass
+class Renewable:
+    """A broker side of which tests change the scripts' copy and the directory."""
+
+    broker: BrokerSide
+    scripts: Path
+    own: Path
+
+    def edit(self, path: Path, old: str, new: str) -> None:
+        text = path.read_text()
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+
+
+def copied(source: Path, target: Path) -> Path:
+    """Make a directory's files those of another, but for what is only in the first."""
+    return Path(shutil.copytree(source, target, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="module")
+def one_renewable(
+    certificates: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Renewable, Path]]:
+    """A broker side, and what its directories were when it was started."""
+    kept = tmp_path_factory.mktemp("kept")
+    copied(certificates, kept / "own")
+    copied(BROKER, kept / "scripts")
+    for name in ("alice", "bob"):
+        set_password(kept / "own", name, PASSWORDS[name])
+    used = copied(kept, tmp_path_factory.mktemp("renewable"))
+    with started(used / "own", script=used / "scripts" / "start") as broker:
+        yield Renewable(broker, used / "scripts", used / "own"), kept
+
+
+@pytest.fixture
+def renewable(one_renewable: tuple[Renewable, Path]) -> Iterator[Renewable]:
+    """A broker side that goes back to where it was after the test."""
+    renewable, kept = one_renewable
+    yield renewable
+    for path in renewable.own.iterdir():
+        if path.name != "run":
+            path.unlink()
+    copied(kept, renewable.own.parent)
+    assert renewable.broker.reload()[-1].startswith("reloaded")
+
+
+def shown(port: int, tls: ssl.SSLContext) -> int:
+    """Return the serial number of the certificate that a port shows."""
+    with (
+        socket.create_connection(("127.0.0.1", port), SAFETY) as plain,
+        tls.wrap_socket(plain, server_hostname="localhost") as secure,
+    ):
+        certificate = secure.getpeercert(binary_form=True)
+        assert certificate
+        return x509.load_der_x509_certificate(certificate).serial_number
+
+
+def test_after_sighup_all_tls_ports_show_the_renewed_certificate_and_open_connections_stay(
+    renewable: Renewable,
+) -> None:
+    broker, own = renewable.broker, renewable.own
+    tls = context(own, "alice")
+
+    def serials() -> set[int]:
+        return {shown(port, tls) for port in (broker.tls, broker.proxy, broker.password)}
+
+    assert serials() == {load(own, "localhost").serial_number}
+    with (
+        certificate_client(broker, "alice") as alice,
+        Client(broker.proxy, context(own, "12345")) as proxied,
+        password_client(broker, "bob") as bob,
+        certificate_client(broker, "responder") as responder,
+        Client(broker.plain) as anybody,
+    ):
+        for file in own.glob("localhost.*"):
+            file.unlink()
+        new = load(made(own, "localhost"), "localhost").serial_number
+        assert broker.reload() == [RELOADED]
+        wait_until(lambda: serials() == {new})
+        for netid, client in (("alice", alice), ("12345", proxied), ("bob", bob)):
+            round_trip(netid, client, responder)
+        assert not anybody.disconnected.is_set()
+
+
+def logs_in(broker: BrokerSide, name: str, password: str) -> bool:
+    client = Client(broker.password, context(broker.directory), (name, password))
+    client.close()
+    return not client.reason.is_failure
+
+
+def test_after_sighup_a_new_user_logs_in_and_a_changed_password_ends_connections(
+    renewable: Renewable,
+) -> None:
+    broker = renewable.broker
+    with password_client(broker, "alice") as alice, password_client(broker, "bob") as bob:
+        assert not logs_in(broker, "carol", "carol's")
+        set_password(renewable.own, "carol", "carol's")
+        set_password(renewable.own, "bob", "another")
+        assert broker.reload()[-1].startswith("reloaded")
+        wait_until(lambda: logs_in(broker, "carol", "carol's"))
+        assert not logs_in(broker, "bob", PASSWORDS["bob"])
+        assert bob.disconnected.wait(SAFETY)
+        assert not alice.disconnected.is_set()
+
+
+def test_after_sighup_changed_access_rules_count_for_open_connections(
+    renewable: Renewable,
+) -> None:
+    broker = renewable.broker
+    with certificate_client(broker, "alice") as alice, certificate_client(broker, "bob") as bob:
+        bob.subscribe("news/#")
+        alice.publish("news/now", "forbidden")
+        renewable.edit(renewable.scripts / "acl", "shared/#\n", "news/#\n")
+        assert broker.reload()[-1].startswith("reloaded")
+
+        def news() -> bool:
+            alice.publish("news/now", "allowed")
+            return not bob.messages.empty()
+
+        wait_until(news)
+        assert bob.receive() == ("news/now", "allowed")
+
+
+def test_after_sighup_nginx_has_its_new_configuration(renewable: Renewable) -> None:
+    renewable.edit(renewable.scripts / "nginx.conf", "limit_conn address 50;", "deny all;")
+    assert renewable.broker.reload()[-1].startswith("reloaded")
+
+    def denied() -> bool:
+        with socket.create_connection(("127.0.0.1", renewable.broker.proxy), SAFETY) as connection:
+            connection.settimeout(0.5)
+            try:
+                return connection.recv(1) == b""
+            except TimeoutError:
+                return False
+
+    wait_until(denied)
+
+
+def test_after_sighup_what_counts_at_the_next_start_only_is_named(
+    renewable: Renewable, tmp_path: Path
+) -> None:
+    renewable.edit(renewable.scripts / "mosquitto.conf", "log_type information\n", "")
+    shutil.copy(made(tmp_path / "other", "alice") / "ca.crt", renewable.own)
+    assert renewable.broker.reload() == [
+        f"start: warning: {what} has changed: that counts at the next start only\n"
+        for what in ("mosquitto's configuration", "ca.crt")
+    ] + [RELOADED]
+
+
+def test_after_sighup_new_passwords_open_no_port_and_that_is_said(own: Path) -> None:
+    with started(own) as broker:
+        set_password(own, "alice", "secret")
+        for _ in range(2):
+            assert broker.reload() == [
+                f"start: warning: {own}/passwords is new: "
+                "the port for passwords opens at the next start only\n",
+                RELOADED,
+            ]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", broker.password), SAFETY).close()
+
+
+def test_a_sighup_renews_also_when_nobody_reads_what_it_says(own: Path) -> None:
+    tls = context(own, "alice")
+    with started(own) as broker:
+        broker.stderr.close()
+        issue(own, "localhost", names=("localhost",))
+        broker.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: shown(broker.tls, tls) == load(own, "localhost").serial_number)
+    assert broker.process.returncode == 0
+
+
+def test_a_sighup_before_it_is_ready_is_heeded_when_it_is(own: Path) -> None:
+    pid, nginx = own / "pid", own / "nginx"
+    nginx.write_text(f'#!/bin/sh\n[ "$1" != -V ] || kill -HUP "$(cat {pid})"\nexec nginx "$@"\n')
+    nginx.chmod(0o755)
+    with started(
+        own,
+        free_ports() | {"NGINX": str(nginx)},
+        preexec_fn=lambda: pid.write_text(str(os.getpid())),
+    ) as broker:
+        assert broker.line.startswith("ready"), broker.line
+        assert broker.next_line() == RELOADED
+
+
+BROKEN: dict[str, tuple[Callable[[Renewable], object], str]] = {
+    "no certificate": (lambda r: (r.own / "localhost.crt").unlink(), "cannot read localhost.crt"),
+    "no authority": (lambda r: (r.own / "ca.crt").unlink(), "cannot read ca.crt"),
+    "a certificate cut off": (
+        lambda r: os.truncate(r.own / "localhost.crt", 300),
+        "localhost.crt and localhost.key are no certificate and its key",
+    ),
+    "another's key": (
+        lambda r: shutil.copy(r.own / "bob.key", r.own / "localhost.key"),
+        "localhost.crt and localhost.key are no certificate and its key",
+    ),
+    "an empty key": (
+        lambda r: os.truncate(r.own / "localhost.key", 0),
+        "localhost.crt and localhost.key are no certificate and its key",
+    ),
+    "an empty authority": (
+        lambda r: os.truncate(r.own / "ca.crt", 0),
+        "there is no certificate in ca.crt",
+    ),
+    "a link": (
+        lambda r: link_to((r.own / "ca.crt").rename(r.own / "x")).rename(r.own / "ca.crt"),
+        "is a link, not your own",
+    ),
+    "a wrong word in the access rules": (
+        lambda r: r.edit(r.scripts / "acl", "pattern readwrite", "pattern red"),
+        "does not accept acl or passwords: ",
+    ),
+    "a topic that is none in the access rules": (
+        lambda r: r.edit(r.scripts / "acl", "readwrite shared/#", "readwrite shared#"),
+        "does not accept acl or passwords: ",
+    ),
+    "no access rules": (lambda r: (r.scripts / "acl").unlink(), "No such file"),
+    "a password in clear text": (
+        lambda r: (r.own / "passwords").write_text("alice:secret\n"),
+        "does not accept acl or passwords: ",
+    ),
+    "something else in passwords": (
+        lambda r: (r.own / "passwords").write_text("alice\n"),
+        "a line of",
+    ),
+    "an error in nginx.conf": (
+        lambda r: r.edit(r.scripts / "nginx.conf", "error_log", "eror_log"),
+        'unknown directive "eror_log"',
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), BROKEN.values(), ids=BROKEN)
+def test_after_sighup_with_a_broken_file_all_the_old_ones_stay_in_use(
+    renewable: Renewable, spoil: Callable[[Renewable], object], reason: str
+) -> None:
+    broker, tls = renewable.broker, context(renewable.own, "alice")
+    serial = shown(broker.tls, tls)
+    files = copies_in(renewable)
+    with certificate_client(broker, "bob") as bob, password_client(broker, "alice") as alice:
+        spoil(renewable)
+        lines = broker.reload()
+        assert reason in "".join(lines[:-1])
+        assert lines[-1] == "not reloaded: the files from before stay in use\n"
+        assert copies_in(renewable) == files
+        assert shown(broker.proxy, tls) == serial
+        assert not bob.disconnected.is_set()
+        assert not alice.disconnected.is_set()
+
+
+def copies_in(renewable: Renewable) -> dict[str, bytes]:
+    files = snapshot(renewable.own / "run")
+    return {name: content for name, content in files.items() if not name.endswith(".log")}
+
+
+# --- usage -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [(), ("one", "two")])

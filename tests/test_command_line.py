@@ -12,14 +12,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import broker_side
 import pytest
-from conftest import PROGRAM, SAFETY, Mosquitto, copy_program, error_lines, run
+from conftest import PROGRAM, SAFETY, Mosquitto, Run, copy_program, error_lines, run
 
 import secure_mqtt_client as program
 from secure_mqtt.actions import ACTIONS
 from secure_mqtt.command_line import build_parser
 from secure_mqtt.errors import UsageError
 
+certificates = broker_side.certificates
 REQUEST = ("le0nh4rt", "uppercase", "text")
 
 
@@ -109,12 +111,90 @@ def test_wrong_usage_is_explained_before_any_connection(case: str, listener: Lis
     if "--local" not in arguments:
         arguments = ["--host=127.0.0.1", f"--port={listener.port}", *arguments]
     result = run(*arguments)
-    message, _, rest = error_lines(result).partition("\n")
-    assert message.startswith("secure_mqtt_client.py: error: ")
+    message, _ = wrong_usage(result)
     assert words in message
-    assert rest == program.USAGE + "\n"
-    assert (result.stdout, result.returncode) == (b"", 2)
     assert not listener.has_been_called()
+
+
+def wrong_usage(result: Run) -> tuple[str, str]:
+    """Check the whole result of a wrong command line; return the error and the hint, if any."""
+    message, *hint = error_lines(result).removesuffix(program.USAGE + "\n").splitlines()
+    assert message.startswith("secure_mqtt_client.py: error: ")
+    assert all(line.startswith("secure_mqtt_client.py: hint: ") for line in hint)
+    assert len(hint) <= 1
+    assert error_lines(result).endswith("\n" + program.USAGE + "\n")
+    assert (result.stdout, result.returncode) == (b"", 2)
+    return tuple(line.partition(": ")[2].partition(": ")[2] for line in (message, *hint, ""))[:2]  # type: ignore[return-value]
+
+
+DASH = "put -- before a MESSAGE that begins with a dash"
+# The arguments; the error, or words of it; the hint.
+HINTS: dict[str, tuple[list[str], str, str]] = {
+    "a message like an option and its value": (["x", "reverse", "-hello"], "are needed", DASH),
+    "a message like an option": (["x", "reverse", "-v"], "are needed", DASH),
+    "a message like an option with a wrong value": (["x", "reverse", "-pass"], "--port", DASH),
+    "a message like two options": (["x", "reverse", "-vtext"], "", DASH),
+    "a message like an unknown option": (["x", "reverse", "-x"], "there is no option -x", DASH),
+    "a message like a long one": (["x", "reverse", "--x"], "there is no option --x", DASH),
+    "a part of an option": ([*REQUEST, "--verb"], "option --verb", "did you mean --verbose?"),
+    "a part of two options": (
+        [*REQUEST, "--peer=x"],
+        "there is no option --peer",
+        "did you mean --peer-ca or --peer-name?",
+    ),
+    "a misspelt option": ([*REQUEST, "--hots=x"], "option --hots", "did you mean --host?"),
+    "an option in capitals": ([*REQUEST, "--TLS"], "option --TLS", "did you mean --tls?"),
+    "a password": (
+        [*REQUEST, "--password=secret"],
+        "there is no option --password",
+        "others can read a command line: give a password in a file, with --password-file",
+    ),
+    "mosquitto's option for it": (
+        [*REQUEST, "-P", "secret"],
+        "there is no option -P",
+        "others can read a command line: give a password in a file, with --password-file",
+    ),
+    "a part of an action": (["x", "upper", "t"], "ACTION", "did you mean uppercase?"),
+    "an action in capitals": (["x", "REVERSE", "t"], "ACTION", "did you mean reverse?"),
+    "a misspelt action": (["x", "titlecase", "t"], "ACTION", "did you mean title-case?"),
+    "a user's name before a whole request": (["-ualice", *REQUEST, "--rekey=5"], "--rekey", ""),
+    "a user's name for a responder": (["-ualice", "--respond", "x", "y"], "--respond", ""),
+    "what is no action at all": (["x", "encrypt", "t"], "ACTION", ""),
+    "a host with a port": (
+        [*REQUEST, "-h", "localhost:1884"],
+        "argument -h/--host: must be a host's name or address; not 'localhost:1884'",
+        "give the name alone: --host localhost --port 1884",
+    ),
+    "a URL": (
+        [*REQUEST, "--host=mqtt://localhost"],
+        "argument -h/--host: must be a host's name or address; not 'mqtt://localhost'",
+        "give the name alone: --host localhost, and the port with --port",
+    ),
+    "a URL with a port": (
+        [*REQUEST, "--host=mqtts://broker.example.org:8883/"],
+        "'mqtts://broker.example.org:8883/'",
+        "give the name alone: --host broker.example.org --port 8883",
+    ),
+    "h for help, not alone": (
+        ["-v", "-h"],
+        "argument -h/--host: expected one argument",
+        "--help prints the help, as does -h as the only argument",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HINTS)
+def test_wrong_usage_comes_with_a_hint_at_what_was_meant(case: str) -> None:
+    arguments, words, expected = HINTS[case]
+    message, hint = wrong_usage(run(*arguments))
+    assert words in message
+    assert hint.endswith(expected) if expected else not hint
+    assert "secret" not in message + hint
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1", "fe80::1%eth0", "a-b.example"])
+def test_a_name_or_an_address_is_a_host(host: str) -> None:
+    assert program.settings_from(["-h", host, *REQUEST]).host == host
 
 
 @pytest.mark.parametrize("netid", ["a\0b", "\ud800"])
@@ -182,13 +262,24 @@ def test_help_that_cannot_be_printed_is_an_error() -> None:
     assert result.returncode == 1
 
 
+def imported(*arguments: str) -> set[str]:
+    """Return the modules that a run imports."""
+    command = [sys.executable, "-X", "importtime", str(PROGRAM), *arguments]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=SAFETY).stderr
+    return {line.rpartition("|")[2].strip() for line in lines.splitlines()}
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["x", "upper", "text"], []])
 def test_help_and_wrong_usage_import_nothing_heavy(arguments: list[str]) -> None:
-    command = [sys.executable, "-X", "importtime", str(PROGRAM), *arguments]
-    modules = subprocess.run(command, capture_output=True, text=True, timeout=SAFETY).stderr
+    modules = imported(*arguments)
     assert "argparse" in modules
-    for heavy in "paho", "cryptography", "asyncio", "amqtt", "logging", "multiprocessing":
-        assert not any(line.endswith(f" {heavy}") for line in modules.splitlines())
+    heavy = {"paho", "cryptography", "asyncio", "amqtt", "logging", "multiprocessing", "ssl"}
+    assert not heavy & modules
+
+
+def test_difflib_is_imported_only_to_say_what_was_meant() -> None:
+    assert "difflib" in imported("x", "upper", "text")
+    assert not {"difflib", "secure_mqtt.hints"} & imported("--help")
 
 
 # --- what is read ------------------------------------------------------------------------------
@@ -253,6 +344,30 @@ def test_the_defaults_are_the_labs() -> None:
 def test_a_dash_alone_means_standard_input_even_after_two() -> None:
     for arguments in ["x", "reverse", "-"], ["x", "reverse", "--", "-"]:
         assert program.settings_from(arguments).message is None
+
+
+@pytest.mark.parametrize("options", [[], ["--cafile=ca.crt"], ["--tls"], ["--identity=x"]])
+def test_the_client_id_is_the_netid_as_the_lab_wants_it(
+    options: list[str], certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(certificates)
+    assert program.settings_from([*options, *REQUEST]).id == "le0nh4rt"
+
+
+@pytest.mark.parametrize(
+    ("options", "username"),
+    [(["--cert=alice.crt", "--key=alice.key"], ""), (["-ualice"], ""), ([], "alice")],
+    ids=["a certificate", "a user name", "a user name in the environment"],
+)
+def test_where_a_broker_knows_its_clients_nobody_can_guess_a_client_id(
+    options: list[str], username: str, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(certificates)
+    monkeypatch.setenv("MQTT_USERNAME", username)
+    ids = {program.settings_from([*options, *REQUEST]).id for _ in range(20)}
+    assert len(ids) == 20
+    assert all(re.fullmatch("le0nh4rt-[0-9a-f]{16}", each) for each in ids)
+    assert program.settings_from([*options, "--id=me", *REQUEST]).id == "me"
 
 
 def test_a_responder_has_a_client_id_of_its_own() -> None:

@@ -48,7 +48,7 @@ from crypto import (
     to_der,
     to_pem,
 )
-from secure_mqtt.certificates import UTC_TIME
+from secure_mqtt.certificates import UTC_TIME, ends, has_expired
 from secure_mqtt.signatures import Authority, Identity
 from secure_mqtt.suites import (
     SUITES,
@@ -186,46 +186,20 @@ def reference_key(name: str) -> reference.SigningKey:
     return key
 
 
-def reference_keys(
-    private: x25519.X25519PrivateKey, peer: bytes, request: bytes, response: bytes
-) -> tuple[bytes, bytes]:
-    """Return both keys of an exchange as the second implementation derives them."""
-    secret = reference.x25519_secret(private, reference.public_der(peer))
-    return reference.x25519_keys(secret, NETID, request, response)
-
-
-def reference_public_key(private: x25519.X25519PrivateKey) -> bytes:
-    form = PublicFormat.SubjectPublicKeyInfo
-    return reference.pem("PUBLIC KEY", private.public_key().public_bytes(Encoding.DER, form))
-
-
-@pytest.mark.parametrize("is_client", [True, False], ids=["as client", "as responder"])
-def test_each_implementation_opens_what_the_other_seals(is_client: bool) -> None:
-    ours, theirs = X25519End(), x25519.X25519PrivateKey.generate()
-    payloads = [ours.public_key, reference_public_key(theirs)]
-    request, response = payloads if is_client else reversed(payloads)
-    cipher = ours.agree(Transcript(NETID, request, response), is_client)
-    keys = reference_keys(theirs, ours.public_key, request, response)
-    seal_key, open_key = keys if is_client else reversed(keys)
-    for number in 0, 1, 255, 256, 2**32, 2**63, 2**64 - 1:
-        sealed = cipher.seal(TOPIC, number, TEXT)
-        assert reference.unseal(seal_key, TOPIC, sealed) == (number, TEXT)
-        answer = reference.seal(open_key, ANSWER_TOPIC, number, TEXT)
-        assert cipher.open(ANSWER_TOPIC, answer) == (number, TEXT)
-
-
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_each_implementation_verifies_what_the_other_signs(name: str, suite: str) -> None:
-    public_key = SUITES[suite].client().blocks
-    der = reference.public_der(public_key)
-    chain, key = IDENTITIES[name]["chain"].encode(), reference_key(name)
     is_client = name.startswith("client")
+    request = SUITES[suite].client().blocks
+    keys = request if is_client else SUITES[suite].responder(request).blocks
+    contents = b"".join(content for _, content in reference.blocks(keys))
+    chain, key = IDENTITIES[name]["chain"].encode(), reference_key(name)
     expected = NETID if is_client else RESPONDER
-    answered = None if is_client else X25519End().public_key
-    ours = identity(name).sign(public_key, NETID, answered)
-    assert reference.verify_bundle(ours, NETID, expected, ANCHORS, answered) == der
-    AUTHORITY.verify(reference.bundle(NETID, der, key, chain, answered), NETID, expected, answered)
+    answered = None if is_client else request
+    ours = identity(name).sign(keys, NETID, answered)
+    assert reference.verify_bundle(ours, NETID, expected, ANCHORS, answered) == contents
+    theirs = reference.bundle_of(NETID, keys, key, chain, answered)
+    AUTHORITY.verify(theirs, NETID, expected, answered)
 
 
 def test_the_kinds_of_keys_that_sign_are_all_in_the_file() -> None:
@@ -345,8 +319,10 @@ SAYS = {  # what is wrong with a bundle, and what is said of it
     "unsigned": "^not signed$",
     "unknown authority": "from an unknown authority$",
     "expired": "has expired, or is not valid yet$",
-    "usage": "for another purpose$",
-    "name": "^signed by '.*', expected '.*'$|malformed, or of another kind$",
+    "usage": "for another purpose$|not for signatures$",
+    "too much": "more than 3 certificates, or one of more than 8 KiB$|of another kind$",
+    "name": "^signed by '.*', expected '.*'$|^signed with a certificate (without a name|that is not"
+    " valid)$|malformed, or of another kind$",
     "key type": "malformed, or of another kind$",
     "signature": "^its signature does not match$",
     "malformed": MALFORMED + "|^its signature does not match$",
@@ -409,6 +385,7 @@ def test_no_changed_byte_of_a_bundle_changes_the_public_key_that_it_proves(
 # Certificates by hand, since no library would make them.
 
 DNS, RFC822, X400, EDI, IP = 0x82, 0x81, 0xA3, 0xA5, 0x87  # GeneralName (RFC 5280, 4.2.1.6)
+GENERALIZED_TIME = 0x18
 SIGNER = ed25519.Ed25519PrivateKey.generate()
 ALGORITHM = [(OBJECT_IDENTIFIER, bytes.fromhex("2b6570"))]  # Ed25519 (RFC 8410)
 
@@ -430,6 +407,7 @@ def certificate(
     algorithm: list[Any] = ALGORITHM,
     public_key: list[Any] | None = None,
     not_before: tuple[int, bytes] = (UTC_TIME, b"250101000000Z"),
+    not_after: tuple[int, bytes] = (UTC_TIME, b"491231235959Z"),
 ) -> bytes:
     """Return a certificate that its own key has signed (DER)."""
     attribute = [(OBJECT_IDENTIFIER, bytes.fromhex("550403")), (0x0C, common_name)]
@@ -437,7 +415,7 @@ def certificate(
     own_key = SIGNER.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     content = [
         *((0xA0, to_der(version)), serial, algorithm, name),
-        *([not_before, (UTC_TIME, b"491231235959Z")], name),
+        *([not_before, not_after], name),
         *(public_key or from_der(own_key), (0xA3, to_der([*extensions]))),
     ]
     signature = b"\0" + SIGNER.sign(to_der(content))
@@ -505,6 +483,34 @@ def test_an_intermediate_certificate_is_refused_or_not_needed_for(what: str) -> 
         AUTHORITY.verify(response[:start] + odd + response[start:], netid, RESPONDER, request)
 
 
+END_OF_2049 = datetime.datetime(2049, 12, 31, 23, 59, 59, tzinfo=datetime.timezone.utc)
+ENDS = {  # notAfter, and what it means
+    (UTC_TIME, b"491231235959Z"): END_OF_2049,
+    (UTC_TIME, b"500101000000Z"): END_OF_2049.replace(1950, 1, 1, 0, 0, 0),
+    (UTC_TIME, b"000229123456Z"): END_OF_2049.replace(2000, 2, 29, 12, 34, 56),
+    (GENERALIZED_TIME, b"20500101000000Z"): END_OF_2049.replace(2050, 1, 1, 0, 0, 0),
+    (GENERALIZED_TIME, b"99991231235959Z"): END_OF_2049.replace(9999),
+}
+
+
+@pytest.mark.parametrize("not_after", ENDS)
+def test_the_end_of_a_certificate_is_read_as_the_standard_has_it(
+    not_after: tuple[int, bytes],
+) -> None:
+    der = certificate(NAMED, not_after=not_after)
+    pem = OWN_KEY + reference.pem("CERTIFICATE", der) + CHAIN
+    assert ends(pem) == ENDS[not_after].timestamp()
+    assert ends(pem) == x509.load_der_x509_certificate(der).not_valid_after_utc.timestamp()
+    assert has_expired(pem) == (ENDS[not_after] < datetime.datetime.now(datetime.timezone.utc))
+
+
+@pytest.mark.parametrize("content", [b"259999999999Z", b"00000101000000Z", b"4912312359", b""])
+def test_a_certificate_with_an_end_that_does_not_exist_has_none(content: bytes) -> None:
+    der = certificate(NAMED, not_after=(GENERALIZED_TIME, content))
+    with pytest.raises(ValueError):  # noqa: PT011
+        ends(reference.pem("CERTIFICATE", der))
+
+
 def issued(key: ed25519.Ed25519PrivateKey, *extensions: x509.ExtensionType) -> bytes:
     """Return a certificate of the file's authority with some extensions (PEM)."""
     issuer = load_pem_private_key(FILE["authority_private_key"].encode(), None)
@@ -567,13 +573,14 @@ def test_a_public_key_of_no_suite_is_refused(name: str, suite: str) -> None:
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_a_key_of_the_other_suite_and_our_own_are_refused(suite: str) -> None:
-    others = [(SUITES[name].client().blocks, "no valid public key") for name in SUITES]
+def test_keys_of_another_suite_and_our_own_are_refused(suite: str) -> None:
     ours = SUITES[suite].client()
-    for response, says in [*others, (ours.blocks, "our own")]:
-        if suite_of(response).name != suite or says == "our own":
-            with pytest.raises(PeerKeyError, match=says):
-                ours.agree(Transcript(NETID, ours.blocks, response))
+    for name in SUITES.keys() - {suite}:
+        response = SUITES[name].responder(SUITES[name].client().blocks).blocks
+        with pytest.raises(PeerKeyError, match="no valid public key"):
+            ours.agree(Transcript(NETID, ours.blocks, response))
+    with pytest.raises(PeerKeyError, match=r"our own key handed back|its blocks are not"):
+        ours.agree(Transcript(NETID, ours.blocks, ours.blocks))
 
 
 @pytest.mark.parametrize("name", BAD_MESSAGES)

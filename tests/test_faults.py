@@ -12,13 +12,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import conftest
 import pytest
-from conftest import PROGRAM, SAFETY, Mosquitto, ResponderProcess, free_port, run, wait_until
+from conftest import PROGRAM, SAFETY, Mosquitto, ResponderProcess, Run, free_port, run, wait_until
 from hostile import (
     ANSWER,
     CONNACK,
@@ -50,6 +50,7 @@ from hostile import (
 )
 
 import crypto
+from secure_mqtt.suites import COUNTER_SIZE, SUITES, TAG_SIZE
 
 Responders = Callable[..., ResponderProcess]
 
@@ -211,6 +212,43 @@ def test_of_the_addresses_of_a_name_one_that_works_is_enough(
     check(run(*line, env={**os.environ, "PYTHONPATH": str(tmp_path)}), ANSWER)
 
 
+# --- a broker that does not take all -----------------------------------------------------------
+
+
+@pytest.fixture
+def strict_broker(tmp_path: Path, start_responder: Responders) -> Iterator[Mosquitto]:
+    """A broker with a limit on packets, and a responder."""
+    mosquitto = Mosquitto(tmp_path, "max_packet_size 5000")
+    start_responder("-p", str(mosquitto.port))
+    yield mosquitto
+    mosquitto.kill()
+
+
+def too_large(port: int, size: int, suite: str) -> Run:
+    """Send a text of so many bytes, which the broker does not take."""
+    where = ["-h", "127.0.0.1", "-p", str(port), "--suite", suite]
+    return run(*where, "alice", "uppercase", "-", stdin=b"x" * size)
+
+
+@pytest.mark.parametrize("size", [8_000, 30_000, 10_000_000])
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_of_a_message_that_the_broker_does_not_take_the_size_is_named(
+    strict_broker: Mosquitto, suite: str, size: int
+) -> None:
+    payload = crypto.token_size(size) if suite == "dh4096" else size + COUNTER_SIZE + TAG_SIZE
+    words = f"the response, with a message of {payload:,} bytes on its way: …"
+    hint = "may take no packet as large as that (max_packet_size)…the client ID 'alice'…--id"
+    check(too_large(strict_broker.port, size, suite), words + hint)
+
+
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_of_a_small_message_that_the_broker_does_not_take_no_size_is_named(
+    strict_broker: Mosquitto, suite: str
+) -> None:
+    result = too_large(strict_broker.port, 5_500, suite)
+    check(result, "lost while waiting for the response: …hint: another client may have")
+
+
 # --- others ------------------------------------------------------------------------------------
 
 
@@ -357,7 +395,7 @@ def test_a_large_answer_arrives_whole_among_many_small_ones(
                 small.next_message()
 
         threads = [in_thread(ask_often), in_thread(take_answers)]
-        text = MESSAGE * 600_000
+        text = MESSAGE * (2**20 // len(MESSAGE))
         large.exchange()
         for _ in range(3):
             assert large.request("uppercase", text) == text.upper()

@@ -89,13 +89,13 @@ from crypto import (
     to_der,
     to_pem,
 )
-from secure_mqtt import connection as connection_module
+from secure_mqtt import mailboxes
 from secure_mqtt.actions import ACTIONS
 from secure_mqtt.connection import MAX_IN_FLIGHT, Connection
 from secure_mqtt.errors import ProgramError
 from secure_mqtt.exchange import Exchange
-from secure_mqtt.responder import MAX_KNOWN_TOKENS
-from secure_mqtt.suites import X25519_PREFIX
+from secure_mqtt.keyring import MAX_TOKENS
+from secure_mqtt.suites import X25519_KEY
 from secure_mqtt.workers import supervise
 
 REQUEST = ["alice", "uppercase", MESSAGE]
@@ -433,14 +433,17 @@ OTHER_SUBACK = packet(SUBACK, b"\x77\x77\1\1")
 # The steps that the broker takes in its own way, and what the client says.
 ATTACKS: Mapping[str, tuple[Script, str]] = {
     # CONNACK
-    "refuses the protocol version": ({"connect": lambda c: c.send(connack(1)).close()}, "protocol"),
+    "refuses the protocol version": (
+        {"connect": lambda c: c.send(connack(1)).close()},
+        "refuses the connection: unsupported protocol version…MQTT 3.1.1",
+    ),
     "refuses the client ID": (
         {"connect": lambda c: c.send(connack(2)).close()},
-        "refuses the connection…client identifier",
+        "refuses the connection: client identifier not valid…--id",
     ),
     "is not available": (
         {"connect": lambda c: c.send(connack(3)).close()},
-        "refuses the connection…server unavailable",
+        "refuses the connection: server unavailable…try again later",
     ),
     "wants a password": (
         {"connect": lambda c: c.send(connack(4)).close()},
@@ -779,7 +782,7 @@ def serves(port: int, netid: str) -> None:
 # A responder answers keys of either suite.
 FALSE_KEYS_OF_CLIENTS: Mapping[str, tuple[bytes, str]] = {
     **{name: row for name, row in FALSE_KEYS.items() if name != "an X25519 key"},
-    "an X25519 key of small order": (pem(X25519_PREFIX + bytes(32)), "small order"),
+    "an X25519 key of small order": (X25519_KEY.to_pem(bytes(32)), "small order"),
 }
 
 
@@ -813,7 +816,7 @@ FALSE_REQUESTS: Mapping[str, tuple[Callable[[LabClient], bytes], str]] = {
     "plaintext": (lambda c: MESSAGE.encode(), "encrypted"),
     "a public key": (lambda c: VALID, "encrypted"),
     "random bytes": (lambda c: os.urandom(1000), "encrypted"),
-    "10 MiB": (lambda c: b"gAAAAAB_" * (10 * MIB // 8), "encrypted"),
+    "10 MiB": (lambda c: b"gAAAAAB_" * (10 * MIB // 8), "more than 1 MiB"),
     "half a token": (lambda c: crypto.encrypt(MESSAGE, c.key)[:70], "encrypted"),
     "a token with a changed character": (
         lambda c: crypto.encrypt(MESSAGE, c.key).replace(b"gAAAAAB", b"gAAAAAC"),
@@ -1018,7 +1021,8 @@ def test_a_responder_survives_a_broker_that_breaks_the_rules(
         wait_until(lambda: len(survived) == len(RESPONDER_ATTACKS) or responder.process.poll())
         assert survived == [*RESPONDER_ATTACKS], (awaiting, responder.lines)
         assert not [name for name in reconnected if name.startswith("floods")]
-        assert responder.has_said("event=ignored count=")  # a flood is not logged line by line
+        # A flood is not logged line by line.
+        assert sum("event=ignored" in line for line in responder.lines) < 1000
         assert responder.stop() == 0
     assert not responder.has_said("Traceback")
 
@@ -1050,7 +1054,7 @@ def test_no_more_is_published_than_a_broker_acknowledges_in_time(
         first = wire.receive()
         wire.send(packet(PUBACK, first.mid))
 
-    monkeypatch.setattr(connection_module, "MAX_BYTES", 1000)
+    monkeypatch.setattr(mailboxes, "MAX_BYTES", 1000)
     with listening(serve) as port:
         settings = program.settings_from(["-h", "127.0.0.1", "-p", str(port), *REQUEST])
         connection = Connection(settings)
@@ -1244,7 +1248,7 @@ def test_no_number_of_replays_makes_a_responder_take_a_token_again(
         first, second, last = (crypto.encrypt(text, client.key) for text in ("1", "2", "3"))
         for token in first, second:
             client.ask("uppercase", token)
-        for _ in range(MAX_KNOWN_TOKENS):
+        for _ in range(MAX_TOKENS):
             client.publish(f"{netid}/uppercase/request", second)
         client.publish(f"{netid}/uppercase/request", first)
         # Had any been taken, its answer would come before this one's.

@@ -1,4 +1,4 @@
-"""Signed exchanges and the suite x25519 as the program uses them: what works, what attackers get.
+"""Signed exchanges and the suites as the program uses them: what works, what attackers get.
 
 The attackers are the hostile broker, who may hold certificates of his own, and other clients of a
 real broker. What they send is made by reference.py, which shares no code with the program.
@@ -7,6 +7,7 @@ real broker. What they send is made by reference.py, which shares no code with t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,13 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hostile
+import issuing
 import pytest
 import reference
 from broker_side import issue, load, made
 from conftest import VECTORS, Mosquitto, Peer, ResponderProcess, error_lines, run, wait_until
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import x25519
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -47,6 +50,8 @@ from hostile import (
     patiently,
     relay,
 )
+from issuing import PURPOSES, Issuer
+from peers import KEYS, GcmClient, GcmResponder, responder_of
 from test_extensions import ODD_CERTIFICATES
 
 import crypto
@@ -60,7 +65,8 @@ LOW_ORDER: dict[str, str] = json.loads((VECTORS / "extensions.json").read_text("
 ]
 NO_KEY = "no valid key came on {}/key-exchange/response"
 # For cases that run at the same time; a client signs only for a NetID that its certificate names.
-NETIDS = {suite: [f"{suite}-{number}" for number in range(20)] for suite in SUITES}
+ENCRYPTS = issuing.key_usage("key_encipherment")
+NETIDS = {suite: [f"{suite}-{number}" for number in range(32)] for suite in SUITES}
 SIGNATURE = b"-----BEGIN SECURE MQTT SIGNATURE-----"
 
 
@@ -75,8 +81,7 @@ class Signer(NamedTuple):
 
     def sign(self, netid: str, public_key: bytes, request: bytes | None = None) -> bytes:
         """Return message 1 or, if that is given as request, message 2."""
-        der = reference.public_der(public_key)
-        return reference.bundle(netid, der, self.key, self.chain, request)
+        return reference.bundle_of(netid, public_key, self.key, self.chain, request)
 
 
 class Certificates:
@@ -99,6 +104,16 @@ class Certificates:
         key = load_pem_private_key((self.directory / f"{name}.key").read_bytes(), None)
         assert isinstance(key, reference.SigningKey)
         return Signer(key, (self.directory / f"{name}.crt").read_bytes())
+
+    def issued(self, name: str, *extensions: x509.ExtensionType, public_key: Any = None) -> Signer:
+        """Return who signs with a certificate for this name with some extensions.
+
+        :param public_key: what it certifies; None: the one that belongs to the signer's key
+        """
+        issuer = Issuer(self.signer("ca").key, load(self.directory, "ca").subject)
+        key = issuing.p256()
+        leaf = issuer.issue(public_key or key.public_key(), issuing.named(name), *extensions)
+        return Signer(key, issuing.pem(leaf))
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +156,15 @@ def signing_port(
 
 def with_chain(payload: bytes, chain: bytes) -> bytes:
     """Return a signed key exchange with other certificates."""
-    return first_block(payload) + chain + payload[payload.index(SIGNATURE) :]
+    return own_blocks(payload) + chain + payload[payload.index(SIGNATURE) :]
 
 
-def first_block(payload: bytes) -> bytes:
+def own_blocks(payload: bytes) -> bytes:
     """Return a key exchange without what proves who has sent it."""
-    return payload[: payload.index(b"-----BEGIN CERTIFICATE")]
+    return payload.partition(b"-----BEGIN CERTIFICATE")[0]
 
 
-# --- the suite x25519, by the second implementation --------------------------------------------
+# --- keys by the second implementation ---------------------------------------------------------
 
 
 def new_key() -> tuple[x25519.X25519PrivateKey, bytes]:
@@ -161,82 +176,14 @@ def new_key() -> tuple[x25519.X25519PrivateKey, bytes]:
     )
 
 
-class Responder25519:
-    """The hostile broker's responder in this suite, honest by default."""
-
-    def __init__(self) -> None:
-        self._private, self.public_key = new_key()
-        self._keys = b"", b""
-
-    def script(self, **steps: hostile.Step) -> Script:
-        """Return a script for the hostile broker."""
-        return {"exchange": self.give_key, "request": self.respond, **steps}
-
-    def give_key(self, c: Conversation, payload: bytes = b"") -> Conversation:
-        """Answer the key exchange."""
-        payload = payload or self.public_key
-        secret = reference.x25519_secret(self._private, reference.public_der(c.client_key))
-        netid = c.packet.topic.partition("/")[0]
-        self._keys = reference.x25519_keys(secret, netid, c.client_key, payload)
-        return c.give_key(payload)
-
-    def respond(self, c: Conversation) -> Conversation:
-        """Respond to the request."""
-        return c.respond(self.answer(c))
-
-    def answer(
-        self,
-        c: Conversation,
-        number: int | None = None,
-        topic: str = "",
-        text: str = ANSWER,
-        with_request_key: bool = False,
-    ) -> bytes:
-        """Return an answer, by default the right one to the last request."""
-        sent, _ = reference.unseal(self._keys[0], c.packet.topic, c.token)
-        key = self._keys[0 if with_request_key else 1]
-        number = sent if number is None else number
-        return reference.seal(key, topic or c.topics[1], number, text.encode())
-
-    def text(self, c: Conversation) -> str:
-        """Return the text of the last request."""
-        return reference.unseal(self._keys[0], c.packet.topic, c.token)[1].decode()
+def new_blocks(suite: str) -> bytes:
+    """Return what an unsigned message 1 of a suite is."""
+    return KEYS[suite]().ask() if suite in KEYS else crypto.DhKeyPair().public_key
 
 
-class Client25519(LabClient):
-    """A client in this suite at a real broker, in small steps."""
-
-    def __init__(self, port: int, netid: str, signer: Signer | None = None) -> None:
-        super().__init__(port, netid)
-        self.netid = netid
-        self._private, self.message_1 = new_key()
-        if signer:
-            self.message_1 = signer.sign(netid, self.message_1)
-        self.keys = b"", b""
-
-    def __enter__(self) -> Client25519:
-        return self
-
-    def exchange(self) -> Client25519:
-        """Agree upon keys."""
-        response = self.ask("key-exchange", self.message_1)
-        secret = reference.x25519_secret(self._private, reference.public_der(response))
-        self.keys = reference.x25519_keys(secret, self.netid, self.message_1, response)
-        return self
-
-    def seal(self, number: int, text: str = MESSAGE, topic: str = "uppercase/request") -> bytes:
-        """Return an encrypted request."""
-        return reference.seal(self.keys[0], f"{self.netid}/{topic}", number, text.encode())
-
-    def send(self, payload: bytes, action: str = "uppercase") -> None:
-        """Publish any bytes as a request."""
-        self.publish(f"{self.netid}/{action}/request", payload)
-
-    def is_served(self, number: int, text: str = MESSAGE) -> bool:
-        """Check that a request is answered by the next message that comes."""
-        answer = self.ask("uppercase", self.seal(number, text))
-        opened = reference.unseal(self.keys[1], f"{self.netid}/uppercase/response", answer)
-        return opened == (number, text.upper().encode())
+def answering_blocks(suite: str, message_1: bytes) -> bytes:
+    """Return what an unsigned message 2 of a suite is."""
+    return KEYS[suite]().answer(message_1)[0] if suite in KEYS else crypto.DhKeyPair().public_key
 
 
 def broken(script: Script, says: str, *options: str) -> None:
@@ -299,18 +246,14 @@ def test_without_a_suite_it_is_the_labs_and_it_is_answered_in_kind(
     broker: Mosquitto, responder: ResponderProcess, netid: str, peer: Connect
 ) -> None:
     listener = peer(broker.port, f"{netid}/key-exchange/+")
-    for option, suite in (
-        ([], "dh4096"),
-        (["--suite=dh4096"], "dh4096"),
-        (
-            ["--suite=x25519"],
-            "x25519",
-        ),
-    ):
+    labels = {"dh4096": 1, "x25519": 1, "mlkem768x25519": 2}  # of blocks, in each direction
+    options = [([], "dh4096"), *(([f"--suite={suite}"], suite) for suite in SUITES)]
+    for option, suite in options:
         check(attacked(broker.port, *option, netid=netid, timeout=20), ANSWER)
-        for direction in "request", "response":
-            payload = listener.receive(f"{netid}/key-exchange/{direction}")
-            assert suites.suite_of(payload).name == suite
+        request = listener.receive(f"{netid}/key-exchange/request")
+        response = listener.receive(f"{netid}/key-exchange/response")
+        assert suites.suite_of(request).name == suite
+        assert [len(reference.blocks(each)) for each in (request, response)] == [labels[suite]] * 2
 
 
 def test_a_responder_may_prove_another_name(
@@ -368,13 +311,12 @@ def test_a_client_of_the_lab_works_with_a_responder_that_signs(
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_verbose_names_the_key_of_a_peer_that_proves_nothing(suite: str) -> None:
-    responder = Responder25519()
-    script: Script = responder.script() if suite == "x25519" else {}
-    with hostile_broker(script) as (port, conversations):
+    responder = responder_of(suite)
+    with hostile_broker(responder.script()) as (port, conversations):
         result = attacked(port, "-v", f"--suite={suite}", timeout=20)
-        lab_key = conversations[0].key_pair.public_key
-    public_key = responder.public_key if suite == "x25519" else lab_key
-    fingerprint = hashlib.sha256(reference.public_der(public_key)).hexdigest()
+        blocks = responder.blocks(conversations[0])
+    keys = b"".join(content for _, content in reference.key_blocks(blocks))
+    fingerprint = hashlib.sha256(keys).hexdigest()
     says = f"may be anybody, without --peer-ca; SHA-256 of its public key: {fingerprint}\n"
     assert (result.returncode, result.stdout) == (0, ANSWER.encode() + b"\n")
     assert says in error_lines(result)
@@ -553,6 +495,11 @@ class Forger(NamedTuple):
         request = self.message_1 if request == b"" else request
         return self.certificates.signer(name).sign(netid, self.public_key, request)
 
+    def issued(self, *extensions: x509.ExtensionType) -> bytes:
+        """Return it with a certificate of the trusted authority with some extensions."""
+        signer = self.certificates.issued("responder", *extensions)
+        return signer.sign("alice", self.public_key, self.message_1)
+
     def odd(self, what: str) -> bytes:
         """Return it with a certificate that no authority would issue."""
         chain = reference.pem("CERTIFICATE", ODD_CERTIFICATES[what])
@@ -596,6 +543,14 @@ WRONG_ANSWERS: Mapping[str, tuple[Callable[[Forger], bytes], str]] = {
         lambda f: f.signed("mallory"),
         "signed with a certificate for another purpose",
     ),
+    "the certificate says nothing of its purpose": (
+        lambda f: f.issued(),
+        "signed with a certificate for another purpose",
+    ),
+    "the certificate's key is for encryption": (
+        lambda f: f.issued(PURPOSES, ENCRYPTS),
+        "signed with a certificate for a key that is not for signatures",
+    ),
     "it is the client's own message 1": (
         lambda f: f.message_1,
         "signed with a certificate for another purpose",
@@ -606,7 +561,7 @@ WRONG_ANSWERS: Mapping[str, tuple[Callable[[Forger], bytes], str]] = {
         MISMATCH,
     ),
     "it answers message 1 without its signature": (
-        lambda f: f.signed("responder", request=first_block(f.message_1)),
+        lambda f: f.signed("responder", request=own_blocks(f.message_1)),
         MISMATCH,
     ),
     "it is signed like a message 1": (lambda f: f.signed("responder", request=None), MISMATCH),
@@ -660,7 +615,7 @@ def test_who_demands_a_signature_takes_no_message_2_if(
 
     def case(name: str, says: str) -> None:
         def exchange(c: Conversation) -> None:
-            own_key = new_key()[1] if suite == "x25519" else c.key_pair.public_key
+            own_key = answering_blocks(suite, c.client_key)
             forgeries([name], c, own_key, certificates, strangers)
 
         broken({"exchange": exchange}, f"{NO_KEY.format('alice')}…only: {says}", *demands)
@@ -672,19 +627,15 @@ def test_who_demands_a_signature_takes_no_message_2_if(
 def test_the_right_message_2_is_taken_even_after_all_wrong_ones(
     suite: str, certificates: Certificates, strangers: Certificates
 ) -> None:
-    responder = Responder25519()
+    responder = responder_of(suite)
     signer = certificates.signer("responder")
 
     def exchange(c: Conversation) -> None:
-        is_lab = suite == "dh4096"
-        own_key = c.key_pair.public_key if is_lab else responder.public_key
-        forgeries([*WRONG_ANSWERS], c, own_key, certificates, strangers)
-        right = signer.sign("alice", own_key, c.client_key)
-        c.give_key(right) if is_lab else responder.give_key(c, right)
+        forgeries([*WRONG_ANSWERS], c, responder.blocks(c), certificates, strangers)
+        responder.give_key(c, signer.sign("alice", responder.blocks(c), c.client_key))
 
-    script: Script = {} if suite == "dh4096" else responder.script()
     demands = certificates.identity("alice"), certificates.trust, f"--suite={suite}"
-    broken({**script, "exchange": exchange}, ANSWER, *demands)
+    broken(responder.script(exchange=exchange), ANSWER, *demands)
 
 
 # --- a broker in the middle --------------------------------------------------------------------
@@ -709,10 +660,13 @@ class Middle(NamedTuple):
         """Who has sent it."""
         return self.conversation.packet.topic.partition("/")[0]
 
-    def own_key(self, is_other_suite: bool = False) -> bytes:
-        """Return a public key of his own, of the client's suite or the other."""
-        is_x25519 = (self.suite == "x25519") != is_other_suite
-        return new_key()[1] if is_x25519 else crypto.DhKeyPair().public_key
+    def own_key(self, step: int = 0) -> bytes:
+        """Return keys of his own to ask with, of the client's suite or of one after it."""
+        return new_blocks(SUITES[(SUITES.index(self.suite) + step) % len(SUITES)])
+
+    def own_answer(self) -> bytes:
+        """Return keys of his own that answer the client's."""
+        return answering_blocks(self.suite, self.message_1)
 
     def ask(self, payload: bytes) -> bytes:
         """Return the responder's answer to a message 1."""
@@ -725,18 +679,18 @@ class Middle(NamedTuple):
     def signed(self, name: str) -> bytes:
         """Return a public key of his own, signed by himself."""
         signer = self.certificates.signer(name)
-        return signer.sign(self.netid, self.own_key(), self.message_1)
+        return signer.sign(self.netid, self.own_answer(), self.message_1)
 
     def without_key(self, payload: bytes) -> bytes:
         """Return what proves who has sent a message."""
-        return payload.removeprefix(first_block(payload))
+        return payload.removeprefix(own_blocks(payload))
 
 
 IN_THE_MIDDLE: Mapping[str, tuple[Callable[[Middle], bytes], str]] = {
-    "gives a public key of his own": (lambda m: m.own_key(), "not signed"),
-    "strips the signature": (lambda m: first_block(m.passed_on()), "not signed"),
+    "gives a public key of his own": (lambda m: m.own_answer(), "not signed"),
+    "strips the signature": (lambda m: own_blocks(m.passed_on()), "not signed"),
     "puts his own public key into the signed message": (
-        lambda m: m.own_key() + m.without_key(m.passed_on()),
+        lambda m: m.own_answer() + m.without_key(m.passed_on()),
         MISMATCH,
     ),
     "puts his own certificate into the signed message": (
@@ -749,10 +703,10 @@ IN_THE_MIDDLE: Mapping[str, tuple[Callable[[Middle], bytes], str]] = {
     ),
     "signs as a client": (lambda m: m.signed("mallory"), "a certificate for another purpose"),
     "asks with a public key of his own": (lambda m: m.ask(m.own_key()), MISMATCH),
-    "strips the client's signature": (lambda m: m.ask(first_block(m.message_1)), MISMATCH),
+    "strips the client's signature": (lambda m: m.ask(own_blocks(m.message_1)), MISMATCH),
     "signs in the client's place": (
         lambda m: m.ask(
-            m.certificates.signer("impostor").sign(m.netid, reference_key(m.message_1))
+            m.certificates.signer("impostor").sign(m.netid, own_blocks(m.message_1))
         ),
         MISMATCH,
     ),
@@ -764,18 +718,71 @@ IN_THE_MIDDLE: Mapping[str, tuple[Callable[[Middle], bytes], str]] = {
         lambda m: m.stranger.ask("key-exchange", m.message_1),
         MISMATCH,
     ),
-    "asks in the other suite": (lambda m: m.ask(m.own_key(is_other_suite=True)), MISMATCH),
-    "presents the signature of a key of the other suite": (
-        lambda m: m.own_key() + m.without_key(m.ask(m.own_key(is_other_suite=True))),
+    "asks in another suite": (lambda m: m.ask(m.own_key(1)), MISMATCH),
+    "asks in a third suite": (lambda m: m.ask(m.own_key(2)), MISMATCH),
+    "presents the signature of a key of another suite": (
+        lambda m: m.own_answer() + m.without_key(m.ask(m.own_key(1))),
         MISMATCH,
     ),
     "hands message 1 back": (lambda m: m.message_1, "expected 'responder'"),
 }  # fmt: skip
 
 
-def reference_key(payload: bytes) -> bytes:
-    """Return the public key of a payload, as PEM."""
-    return reference.pem("PUBLIC KEY", reference.public_der(payload))
+def pem_blocks(payload: bytes) -> list[bytes]:
+    """Return the blocks of a key exchange, each as PEM."""
+    return [reference.pem(*block) for block in reference.blocks(payload)]
+
+
+def exchanged(payload: bytes, place: int, other: bytes) -> bytes:
+    """Return a key exchange with one of its blocks taken from another."""
+    blocks = pem_blocks(payload)
+    blocks[place] = pem_blocks(other)[place]
+    return b"".join(blocks)
+
+
+# Where there is more than one key in a message, all are signed.
+IN_THE_MIDDLE_OF_TWO_KEYS: Mapping[str, tuple[Callable[[Middle], bytes], str]] = {
+    "puts an X25519 key of his own beside the signed ciphertext": (
+        lambda m: exchanged(m.passed_on(), 0, m.own_answer()),
+        MISMATCH,
+    ),
+    "puts a ciphertext of his own beside the signed X25519 key": (
+        lambda m: exchanged(m.passed_on(), 1, m.own_answer()),
+        MISMATCH,
+    ),
+    "takes the X25519 key from the answer to another exchange": (
+        lambda m: exchanged(m.passed_on(), 0, m.ask(m.own_key())),
+        MISMATCH,
+    ),
+    "takes the ciphertext from the answer to another exchange": (
+        lambda m: exchanged(m.passed_on(), 1, m.ask(m.own_key())),
+        MISMATCH,
+    ),
+    "takes the ciphertext from another answer to the same": (
+        lambda m: exchanged(m.passed_on(), 1, m.passed_on()),
+        MISMATCH,
+    ),
+    "leaves the ciphertext out": (
+        lambda m: b"".join(pem_blocks(m.passed_on())[:1] + pem_blocks(m.passed_on())[2:]),
+        MISMATCH,
+    ),
+    "puts the ciphertext behind the certificate": (
+        lambda m: b"".join(pem_blocks(m.passed_on())[place] for place in (0, 2, 1, 3)),
+        MALFORMED,
+    ),
+    "puts an ML-KEM key of his own into the request": (
+        lambda m: m.ask(exchanged(m.message_1, 0, m.own_key())),
+        MISMATCH,
+    ),
+    "puts an X25519 key of his own into the request": (
+        lambda m: m.ask(exchanged(m.message_1, 1, m.own_key())),
+        MISMATCH,
+    ),
+    "strips the ML-KEM key": (
+        lambda m: m.ask(b"".join(pem_blocks(m.message_1)[1:])),
+        MISMATCH,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -783,6 +790,9 @@ def test_who_demands_a_signature_finds_out_a_broker_who(
     suite: str, signing_port: int, certificates: Certificates
 ) -> None:
     demands = certificates.identity("crowd"), certificates.trust, f"--suite={suite}"
+    attacks = {**IN_THE_MIDDLE}
+    if len(reference.blocks(new_blocks(suite))) == 2:
+        attacks |= IN_THE_MIDDLE_OF_TWO_KEYS
 
     def case(number: int, attack: Callable[[Middle], bytes], says: str) -> None:
         netid = NETIDS[suite][number]
@@ -802,7 +812,7 @@ def test_who_demands_a_signature_finds_out_a_broker_who(
 
         patiently(attempt)
 
-    rows = enumerate(IN_THE_MIDDLE.items())
+    rows = enumerate(attacks.items())
     all_at_once({name: partial(case, number, *row) for number, (name, row) in rows})
 
 
@@ -865,6 +875,13 @@ class Requester(NamedTuple):
         key = self.certificates.signer("alice").key
         return Signer(key, chain).sign("alice", self.public_key)
 
+    def self_issued(self, key: reference.SigningKey, count: int) -> bytes:
+        """Return it with certificates of one key, each of which could have issued any other."""
+        issuer = Issuer(key, issuing.common_name("mallory"))
+        chain = [issuer.certify(issuer)] * (count - 1)
+        leaf = issuer.issue(key.public_key(), issuing.named("alice"), PURPOSES, subject=issuer.name)
+        return Signer(key, issuing.pem(leaf, *chain)).sign("alice", self.public_key)
+
 
 # NetID, message 1, and the reason for which the responder ignores it.
 WRONG_REQUESTS: Mapping[str, tuple[str, Callable[[Requester], bytes], str]] = {
@@ -913,6 +930,16 @@ WRONG_REQUESTS: Mapping[str, tuple[str, Callable[[Requester], bytes], str]] = {
         lambda r: r.signed("localhost", netid="localhost"),
         "signed with a certificate for another purpose",
     ),
+    "with a certificate that says nothing of its purpose": (
+        "alice",
+        lambda r: r.certificates.issued("alice").sign("alice", r.public_key),
+        "signed with a certificate for another purpose",
+    ),
+    "with a key for encryption": (
+        "alice",
+        lambda r: r.certificates.issued("alice", PURPOSES, ENCRYPTS).sign("alice", r.public_key),
+        "signed with a certificate for a key that is not for signatures",
+    ),
     "a message 2": ("responder", lambda r: r.signed("responder", "responder", b"any"), MISMATCH),
     "with another public key": (
         "alice",
@@ -936,7 +963,11 @@ WRONG_REQUESTS: Mapping[str, tuple[str, Callable[[Requester], bytes], str]] = {
         lambda r: r.certificates.signer("alice").sign("alice", LOW_ORDER["0"].encode()),
         "no valid public key: of small order",
     ),
-    "with a certificate of names twice": ("alice", lambda r: r.odd("the names twice"), MALFORMED),
+    "with a certificate of names twice": (
+        "alice",
+        lambda r: r.odd("the names twice"),
+        "signed with a certificate that is not valid",
+    ),
     "with a certificate of version 10": (
         "alice",
         lambda r: r.odd("version 10, which does not exist"),
@@ -951,6 +982,23 @@ WRONG_REQUESTS: Mapping[str, tuple[str, Callable[[Requester], bytes], str]] = {
         "alice",
         lambda r: r.odd("a negative serial number"),
         "signed with a certificate",
+    ),
+    "with a key that cannot sign, which the authority has certified": (
+        "alice",
+        lambda r: r.certificates.issued(
+            "alice", PURPOSES, public_key=x25519.X25519PrivateKey.generate().public_key()
+        ).sign("alice", r.public_key),
+        MALFORMED,
+    ),
+    "with six certificates of a key that takes long": (
+        "alice",
+        lambda r: r.self_issued(issuing.odd_rsa(3072, 3000), 6),
+        "signed with more than 3 certificates, or one of more than 8 KiB",
+    ),
+    "with three certificates of a key that takes long": (
+        "alice",
+        lambda r: r.self_issued(issuing.p384(), 3),
+        "signed with a certificate from an unknown authority",
     ),
 }  # fmt: skip
 
@@ -976,6 +1024,84 @@ def test_a_responder_that_demands_a_signature_answers_no_wrong_message_1_and_say
     assert len(responder.lines) == 1 + len(WRONG_REQUESTS)  # the first says that it is ready
 
 
+# What a forger makes of a message 1 with two keys that alice has signed.
+WRONG_PAIRS: Mapping[str, tuple[Callable[[bytes, bytes], bytes], str]] = {
+    "with the ML-KEM key of another exchange": (lambda m, other: exchanged(m, 0, other), MISMATCH),
+    "with the X25519 key of another exchange": (lambda m, other: exchanged(m, 1, other), MISMATCH),
+    "with both keys of another exchange": (
+        lambda m, other: exchanged(exchanged(m, 0, other), 1, other),
+        MISMATCH,
+    ),
+    "without the ML-KEM key": (lambda m, other: b"".join(pem_blocks(m)[1:]), MISMATCH),
+    "without the X25519 key": (
+        lambda m, other: b"".join(pem_blocks(m)[:1] + pem_blocks(m)[2:]),
+        MISMATCH,
+    ),
+    "with a third key": (lambda m, other: pem_blocks(other)[0] + m, MISMATCH),
+    "with the keys swapped": (
+        lambda m, other: b"".join(pem_blocks(m)[place] for place in (1, 0, 2, 3)),
+        MISMATCH,
+    ),
+    "with the X25519 key behind the certificate": (
+        lambda m, other: b"".join(pem_blocks(m)[place] for place in (0, 2, 1, 3)),
+        MALFORMED,
+    ),
+}  # fmt: skip
+
+
+def test_a_responder_that_demands_a_signature_wants_it_for_both_keys(
+    own_broker: Mosquitto, certificates: Certificates, start_responder: Start
+) -> None:
+    responder = start_responder("-p", str(own_broker.port), certificates.trust)
+    sign = certificates.signer("alice").sign
+    with GcmClient(own_broker.port, "alice", "mlkem768x25519", sign) as alice:
+        other = sign("alice", new_blocks("mlkem768x25519"))
+        for number, (forge, reason) in enumerate(WRONG_PAIRS.values(), 1):
+            alice.send(forge(alice.message_1, other), "key-exchange")
+            responder.wait_for("event=ignored", times=number)
+            assert reason in responder.lines[-1]
+        assert alice.exchange().is_served(0)
+
+
+def test_two_keys_that_are_signed_but_wrong_are_refused(
+    own_broker: Mosquitto, certificates: Certificates, start_responder: Start
+) -> None:
+    """Whoever holds a certificate can sign anything."""
+    responder = start_responder("-p", str(own_broker.port), certificates.trust)
+    sign = certificates.signer("alice").sign
+    kem, x25519_key = pem_blocks(new_blocks("mlkem768x25519"))
+    with GcmClient(own_broker.port, "alice", "mlkem768x25519", sign) as alice:
+        for number, blocks in enumerate(
+            (kem, 2 * kem + x25519_key, kem + 2 * x25519_key, x25519_key + kem), 1
+        ):
+            alice.send(sign("alice", blocks), "key-exchange")
+            responder.wait_for("event=ignored", times=number)
+            assert "its blocks are not PUBLIC KEY" in responder.lines[-1]
+        alice.send(sign("alice", kem + LOW_ORDER["0"].encode()), "key-exchange")
+        responder.wait_for("small order")
+        assert alice.exchange().is_served(0)
+
+
+def test_a_key_of_mlkem_behind_the_certificate_of_x25519_is_ignored_or_refused(
+    own_broker: Mosquitto, certificates: Certificates, start_responder: Start
+) -> None:
+    """Who demands no signature ignores all from the certificate on; who does wants no more."""
+    kem, _ = pem_blocks(new_blocks("mlkem768x25519"))
+    signer = certificates.signer("alice")
+
+    def sign(netid: str, blocks: bytes) -> bytes:
+        [*before, signature] = pem_blocks(signer.sign(netid, blocks))
+        return b"".join([*before, kem, signature])
+
+    with GcmClient(own_broker.port, "alice", "x25519", sign) as alice:
+        lenient = start_responder("-p", str(own_broker.port))
+        assert alice.exchange().is_served(0)
+        assert lenient.stop() == 0
+        strict = start_responder("-p", str(own_broker.port), certificates.trust)
+        alice.send(alice.message_1, "key-exchange")
+        strict.wait_for(MALFORMED)
+
+
 def test_a_responder_for_one_netid_wants_its_certificate_too(
     own_broker: Mosquitto, certificates: Certificates, start_responder: Start
 ) -> None:
@@ -993,18 +1119,17 @@ def test_a_responder_for_one_netid_wants_its_certificate_too(
         assert suites.suite_of(mallory.next_message().payload).name == "x25519"
 
 
-def test_who_replays_a_signed_message_1_gets_an_answer_that_is_of_no_use(
+def test_who_replays_a_signed_message_1_gets_no_answer(
     own_broker: Mosquitto, certificates: Certificates, start_responder: Start
 ) -> None:
     port = own_broker.port
     own = certificates.trust, certificates.identity("responder")
     responder = start_responder("-p", str(port), *own)
-    with Client25519(port, "alice", certificates.signer("alice")) as alice:
+    with GcmClient(port, "alice", sign=certificates.signer("alice").sign) as alice:
         alice.exchange()
         assert alice.is_served(0)
-        replayed = alice.ask("key-exchange", alice.message_1)
-        anchors = [load(certificates.directory, "ca")]
-        assert reference.verify_bundle(replayed, "alice", "responder", anchors, alice.message_1)
+        alice.publish("alice/key-exchange/request", alice.message_1)
+        responder.wait_for("a public key that was here before")
         alice.send(alice.seal(0))
         responder.wait_for(REPEATED)
         assert alice.is_served(1)
@@ -1013,7 +1138,7 @@ def test_who_replays_a_signed_message_1_gets_an_answer_that_is_of_no_use(
 # --- the suite x25519: what the client accepts --------------------------------------------------
 
 FALSE_RESPONSES: Mapping[
-    str, tuple[Callable[[Responder25519, Conversation], bytes | list[bytes]], str]
+    str, tuple[Callable[[GcmResponder, Conversation], bytes | list[bytes]], str]
 ] = {
     "the client's own request": (lambda r, c: c.token, "our own message handed back"),
     "the answer under the key of requests": (
@@ -1080,7 +1205,7 @@ FALSE_RESPONSES: Mapping[
 
 def false_script(name: str, is_right_at_last: bool) -> Script:
     """Return a script that gives what the table says, and then the right answer or none."""
-    responder = Responder25519()
+    responder = GcmResponder()
 
     def request(c: Conversation) -> None:
         payloads = FALSE_RESPONSES[name][0](responder, c)
@@ -1111,7 +1236,7 @@ def test_with_x25519_the_right_answer_is_printed_even_after_any_false_one() -> N
 
 
 def test_with_x25519_a_request_or_response_that_is_dropped_leaves_an_error() -> None:
-    script = Responder25519().script(request=lambda c: c)
+    script = GcmResponder().script(request=lambda c: c)
     broken(script, "no response came on alice/uppercase/response", "--suite=x25519")
 
 
@@ -1123,10 +1248,10 @@ def test_with_x25519_a_recorded_session_is_no_answer() -> None:
 
     def request(c: Conversation) -> None:
         if len(recorded) < 2:
-            recorded.extend([responder.public_key, responder.answer(c)])
+            recorded.extend([responder.blocks(c), responder.answer(c)])
         c.respond(recorded[1])
 
-    responder = Responder25519()
+    responder = GcmResponder()
     with hostile_broker(responder.script(exchange=exchange, request=request)) as (port, _):
         ask = partial(attacked, port, "--suite=x25519")
         check(ask(timeout=20), ANSWER)
@@ -1144,7 +1269,7 @@ def give_low_order_points(c: Conversation) -> Conversation:
 def test_a_client_takes_no_point_of_low_order_for_a_key() -> None:
     says = f"{NO_KEY.format('alice')}…only: no valid public key: of small order ({len(LOW_ORDER)})"
     broken({"exchange": give_low_order_points}, says, "--suite=x25519")
-    responder = Responder25519()
+    responder = GcmResponder()
 
     def exchange(c: Conversation) -> None:
         responder.give_key(give_low_order_points(c))
@@ -1152,13 +1277,16 @@ def test_a_client_takes_no_point_of_low_order_for_a_key() -> None:
     broken(responder.script(exchange=exchange), ANSWER, "--suite=x25519")
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_a_client_takes_no_key_of_another_suite(suite: str) -> None:
-    def exchange(c: Conversation) -> None:
-        c.give_key(c.key_pair.public_key if suite == "x25519" else new_key()[1])
-
-    says = f"{NO_KEY.format('alice')}…only: no valid public key: a key of another type (1)"
-    broken({"exchange": exchange}, says, f"--suite={suite}")
+@pytest.mark.parametrize(("suite", "other"), [*itertools.permutations(SUITES, 2)])
+def test_a_client_takes_no_key_of_another_suite(suite: str, other: str) -> None:
+    answer = answering_blocks(other, new_blocks(other))
+    wanted = {
+        "dh4096": "a key of another type",
+        "x25519": "a key of another type" if other == "dh4096" else "its blocks are not PUBLIC KEY",
+        "mlkem768x25519": "its blocks are not PUBLIC KEY, SECURE MQTT CIPHERTEXT",
+    }
+    says = f"{NO_KEY.format('alice')}…only: no valid public key: {wanted[suite]} (1)"
+    broken({"exchange": lambda c: c.give_key(answer)}, says, f"--suite={suite}")
 
 
 def test_a_client_does_not_take_its_own_key_for_the_peers() -> None:
@@ -1169,7 +1297,7 @@ def test_a_client_does_not_take_its_own_key_for_the_peers() -> None:
 def test_answers_in_any_order_and_twice_are_printed_once_in_the_order_of_the_lines() -> None:
     """They come backwards, each twice, with a request handed back before each."""
     lines = [f"line {number}" for number in range(20)]
-    responder = Responder25519()
+    responder = GcmResponder()
     requests: list[tuple[bytes, bytes]] = []  # each with its answer
 
     def request(c: Conversation) -> None:
@@ -1190,7 +1318,7 @@ def test_answers_in_any_order_and_twice_are_printed_once_in_the_order_of_the_lin
 
 UNKNOWN, REPEATED = "not encrypted with a key of this NetID", "out of order"
 # After request 5 and its answer: what is sent instead of request 6, and why it is ignored.
-FALSE_REQUESTS: Mapping[str, tuple[Callable[[Client25519, bytes, bytes], object], str]] = {
+FALSE_REQUESTS: Mapping[str, tuple[Callable[[GcmClient, bytes, bytes], object], str]] = {
     "request 5 again": (lambda c, sent, answer: c.send(sent), REPEATED),
     "an earlier request late": (lambda c, sent, answer: c.send(c.seal(4)), REPEATED),
     "the first request late": (lambda c, sent, answer: c.send(c.seal(0)), REPEATED),
@@ -1250,7 +1378,7 @@ def test_with_x25519_a_responder_does_not_answer(
     name: str, broker: Mosquitto, responder: ResponderProcess, netid: str
 ) -> None:
     attack, reason = FALSE_REQUESTS[name]
-    with Client25519(broker.port, netid) as client:
+    with GcmClient(broker.port, netid) as client:
         client.exchange()
         sent = client.seal(5)
         answer = client.ask("uppercase", sent)
@@ -1268,7 +1396,7 @@ def test_with_x25519_the_counter_does_not_begin_again_after_its_end(
     broker: Mosquitto, responder: ResponderProcess, netid: str
 ) -> None:
     last = 2**64 - 1
-    with Client25519(broker.port, netid) as client:
+    with GcmClient(broker.port, netid) as client:
         client.exchange()
         assert client.is_served(0)
         assert client.is_served(last)
@@ -1282,8 +1410,8 @@ def test_with_x25519_a_request_is_not_answered_under_another_netid(
     broker: Mosquitto, responder: ResponderProcess, netid: str
 ) -> None:
     with (
-        Client25519(broker.port, netid) as client,
-        Client25519(broker.port, f"{netid}-b") as other,
+        GcmClient(broker.port, netid) as client,
+        GcmClient(broker.port, f"{netid}-b") as other,
     ):
         client.exchange()
         other.exchange()
@@ -1296,7 +1424,7 @@ def test_with_x25519_a_request_is_not_answered_under_another_netid(
 def test_a_responder_takes_no_point_of_low_order_for_a_key(
     broker: Mosquitto, responder: ResponderProcess, netid: str
 ) -> None:
-    with Client25519(broker.port, netid) as client:
+    with GcmClient(broker.port, netid) as client:
         for pem in LOW_ORDER.values():
             client.send(pem.encode(), "key-exchange")
         reason = "no valid public key: of small order"

@@ -8,8 +8,8 @@ import re
 from conftest import PROGRAM, ROOT
 
 import secure_mqtt_client as program
-from secure_mqtt.responder import MAX_KNOWN_TOKENS
-from secure_mqtt.session import MAX_REQUESTS_PER_KEY
+from secure_mqtt.keyring import MAX_TOKENS
+from secure_mqtt.session import IN_ORDER
 
 
 def text_of(name: str) -> str:
@@ -32,11 +32,6 @@ def metadata(name: str) -> object:
     return ast.literal_eval(value[1])
 
 
-def test_the_readme_shows_the_help_as_it_is() -> None:
-    blocks = re.findall(r"(?ms)^```\w*\n(usage: .*?)^```$", text_of("README.md"))
-    assert blocks == [program.HELP]
-
-
 def test_the_inline_metadata_names_the_requirements() -> None:
     dependencies = metadata("dependencies")
     assert isinstance(dependencies, list)
@@ -50,7 +45,7 @@ def test_the_oldest_python_is_the_one_that_the_tools_check_for() -> None:
 
 
 def test_the_responder_remembers_what_a_session_does_under_one_key() -> None:
-    assert MAX_REQUESTS_PER_KEY["dh4096"] * 2 == MAX_KNOWN_TOKENS
+    assert IN_ORDER.max_requests * 2 == MAX_TOKENS
 
 
 def test_the_version_is_the_newest_in_the_changelog() -> None:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import paho.mqtt.client as paho
 import pytest
 from conftest import (
     PROGRAM,
@@ -30,8 +31,11 @@ from conftest import (
     run,
     wait_until,
 )
+from paho.mqtt.enums import CallbackAPIVersion
 
 import crypto
+from secure_mqtt.actions import MAX_TEXT
+from secure_mqtt.suites import SUITES
 
 Connect = Callable[..., Peer]
 ALL_PLANES = "".join(
@@ -158,6 +162,17 @@ def test_standard_input_is_the_message_to_the_byte(ask: Callable[..., Run], case
     assert succeeded(ask("reverse", "-", stdin=INPUTS[case]), reversed_text)
 
 
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_text_of_more_than_1_mib_is_not_answered_and_client_and_responder_say_why(
+    ask: Callable[..., Run], responder: ResponderProcess, netid: str, suite: str
+) -> None:
+    text = b"x" * (MAX_TEXT + 16)
+    result = ask("reverse", "-", f"--suite={suite}", "-W3", stdin=text)
+    assert failed(result, f"to a message of {SUITES[suite].sealed_size(len(text))} bytes", "1 MiB")
+    reason = 'reason="a text of more than 1 MiB"'
+    responder.wait_for(f'ignored netid="{netid}" action="reverse" {reason}')
+
+
 LOCALES: dict[str, dict[str, str]] = {
     "LANG=C": {"LANG": "C"},
     "LC_ALL=C": {"LC_ALL": "C"},
@@ -180,6 +195,36 @@ def test_verbose_tells_the_progress_but_neither_key_nor_text(ask: Callable[..., 
         assert stage in error_lines(result)
     for secret in "plaintext", "begin", "gaaaa":
         assert secret not in error_lines(result).lower()
+
+
+# What standard error is encoded in, and the arrows that it then shows.
+ARROWS: dict[str, tuple[dict[str, str], str, str]] = {
+    "utf-8": ({"PYTHONIOENCODING": "utf-8"}, "→", "←"),
+    "latin-1": ({"PYTHONIOENCODING": "latin-1"}, "->", "<-"),
+    "ascii": ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "->", "<-"),
+}
+
+
+@pytest.mark.parametrize("encoding", ARROWS)
+def test_verbose_tells_each_of_the_four_messages(
+    encoding: str, ask: Callable[..., Run], netid: str
+) -> None:
+    variables, there, back = ARROWS[encoding]
+    result = ask("uppercase", "PlainText", "-v", env={"PATH": os.environ["PATH"], **variables})
+    lines = [
+        re.fullmatch(rf"{PROGRAM.name}: \d+ ms: (.*)", line)[1]  # type: ignore[index]
+        for line in result.stderr.decode(encoding).splitlines()
+    ]
+    exchange, asked = f"{netid}/key-exchange", f"{netid}/uppercase"
+    assert [re.sub(r"\d+ bytes|port \d+|\b[0-9a-f]{64}$", "N", line) for line in lines] == [
+        "CONNACK from localhost N, without TLS",
+        f"SUBACK for {exchange}/response and {asked}/response",
+        f"1 {there} {exchange}/request, N: our public key (dh4096)",
+        f"2 {back} {exchange}/response, N: the responder's public key (dh4096)",
+        "the responder may be anybody, without --peer-ca; SHA-256 of its public key: N",
+        f"3 {there} {asked}/request, N: the text, encrypted (Fernet)",
+        f"4 {back} {asked}/response, N: the answer, encrypted (Fernet)",
+    ]
 
 
 def test_the_wire_is_the_labs(
@@ -226,6 +271,25 @@ def test_the_local_broker_and_responder_answer_and_end(netid: str) -> None:
         assert succeeded(finish(process), b"cba")
     assert seen
     wait_until(lambda: not any(map(is_running, seen)))
+
+
+def test_the_local_broker_admits_nobody_else(netid: str) -> None:
+    refused: list[object] = []
+    with started("-v", "--local", netid, "reverse", "-", stdin=subprocess.PIPE) as process:
+        assert process.stderr
+        said = process.stderr.readline().decode()  # of its own responder
+        port = re.search(r"CONNACK from 127\.0\.0\.1 port (\d+)", said)
+        assert port
+        stranger = paho.Client(CallbackAPIVersion.VERSION2)
+        stranger.on_connect = lambda *arguments: refused.append(arguments[3])
+        stranger.username_pw_set("local", "guessed")
+        stranger.connect("127.0.0.1", int(port[1]))
+        stranger.loop_start()
+        wait_until(lambda: refused)
+        stranger.loop_stop()
+        output, _ = process.communicate(b"abc", timeout=SAFETY)
+    assert str(refused[0]) in ("Not authorized", "Bad user name or password")
+    assert (output, process.returncode) == (b"cba\n", 0)
 
 
 def test_a_local_broker_serves_a_responder(
@@ -527,6 +591,23 @@ def test_a_second_client_with_the_same_id_ends_the_first_with_a_hint(
             assert failed(finish(first), *words)
             responder.publish(f"{netid}/reverse/response", crypto.encrypt("cba", key))
             assert succeeded(finish(second), b"cba")
+
+
+def test_two_clients_that_log_in_can_share_a_netid(
+    own_broker: Mosquitto, peer: Connect, netid: str
+) -> None:
+    responder = peer(own_broker.port, "+/+/request")
+    request = "-p", str(own_broker.port), "-u", "alice", netid, "reverse", "abc"
+    with started(*request) as first:
+        first_key = exchange(responder, netid)
+        responder.receive(f"{netid}/reverse/request")
+        with started(*request) as second:
+            key = exchange(responder, netid)
+            responder.receive(f"{netid}/reverse/request")
+            for each in key, first_key:
+                responder.publish(f"{netid}/reverse/response", crypto.encrypt("cba", each))
+            assert succeeded(finish(second), b"cba")
+            assert succeeded(finish(first), b"cba")
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:

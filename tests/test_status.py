@@ -115,7 +115,7 @@ def test_the_status_is_published_again_and_again(
     peer: Connect,
     change_program: Callable[..., None],
 ) -> None:
-    change_program("responder", STATUS_INTERVAL=0.2)
+    change_program("status", INTERVAL=0.2)
     watcher = peer(own_broker.port, TOPIC)
     start_responder(f"-p{own_broker.port}", OPTION)
     first = parse(watcher.receive(TOPIC))
@@ -255,10 +255,10 @@ def test_the_status_is_online_again_after_the_broker_side_was_restarted(
     assert counts(parse(payload)) == (0, 0, 0, 0)
 
 
-def test_the_readme_shows_the_status_as_it_is(
+def test_the_page_on_operating_shows_the_status_as_it_is(
     own_broker: Mosquitto, start_responder: Start, peer: Connect
 ) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/operating.md").read_text(encoding="utf-8")
     [block] = re.findall(r"(?ms)^```json\n(.*?)^```$", text)
     online, offline = map(parse, block.splitlines())
     counts(online)

@@ -9,9 +9,9 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,13 +19,11 @@ from pathlib import Path
 import broker_side
 import hostile
 import pytest
-from broker_side import PASSWORDS, BrokerSide, Client, free_ports, issue, made, started
+from broker_side import PASSWORDS, BrokerSide, Client, issue, made, started
 from conftest import (
     PROGRAM,
-    ROOT,
     SAFETY,
     ResponderProcess,
-    copy_program,
     error_lines,
     free_port,
     processes_below,
@@ -115,7 +113,7 @@ def test_large_messages_and_many_at_once_pass_through_tls(
 ) -> None:
     """What TLS has already decrypted no longer shows at the socket."""
     start_responder(*proxy(broker, "responder"))
-    message = b"0123456789abcdef" * 2**17
+    message = b"0123456789abcdef" * 2**16
     arguments = [*proxy(broker, "alice"), "alice", "reverse", "-"]
     result = run(*arguments, stdin=message)
     assert (error_lines(result), result.stdout == message[::-1] + b"\n") == ("", True)
@@ -145,6 +143,51 @@ def test_insecure_trusts_any_broker_and_says_so(
         "its certificate is for 'localhost', '127.0.0.1', '::1', not for 127.1"
         in failure(*without)[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("trust", "words"),
+    [
+        (
+            "--cafile={certs}/ca.crt",
+            "with TLS 1.3; the broker's certificate is for 'localhost', '127.0.0.1',"
+            " '0:0:0:0:0:0:0:1', issued by 'secure-mqtt CA', valid until ",
+        ),
+        (
+            "--insecure",
+            "with TLS 1.3, but the broker may be anybody: its certificate was not verified",
+        ),
+    ],
+    ids=["verified", "insecure"],
+)
+def test_verbose_tells_of_tls_of_the_brokers_certificate_and_of_the_peers(
+    trust: str, words: str, broker: BrokerSide, start_responder: Start, tmp_path: Path
+) -> None:
+    parts = [(broker.directory / f"responder.{end}").read_bytes() for end in ("crt", "key")]
+    (tmp_path / "responder.pem").write_bytes(b"".join(parts))
+    start_responder(*certificate(broker, "responder"), f"--identity={tmp_path}/responder.pem")
+    options = [f"-p{broker.tls}", *certified(broker.directory, "alice")[1:], "-v"]
+    authorities = [trust.format(certs=broker.directory), f"--peer-ca={broker.directory}/ca.crt"]
+    result = run(*options, *authorities, *REQUEST)
+    assert result.stdout == ANSWER
+    assert f" ms: CONNACK from localhost port {broker.tls}, {words}" in error_lines(result)
+    assert " ms: the responder has proved to be 'responder'\n" in error_lines(result)
+
+
+PAIR_OF_LOGFMT = r'\w+=("([^"\\]|\\.)*"|[^\s"=]+)'
+
+
+def test_all_that_a_responder_logs_is_logfmt(broker: BrokerSide, start_responder: Start) -> None:
+    own_files = certified(broker.directory, "responder")[1:]
+    responder = start_responder("-v", "--insecure", f"-p{broker.tls}", *own_files)
+    assert run(*certificate(broker, "alice"), *REQUEST).stdout == ANSWER
+    responder.wait_for("event=answered", times=2)
+    log = [line for line in responder.lines if not line.startswith("ready: ")]
+    for line in log:
+        assert re.fullmatch(rf"{PAIR_OF_LOGFMT}( {PAIR_OF_LOGFMT})+", line), line
+    insecure, connected, *_ = log
+    assert ' level=warning event=note text="--insecure: ' in insecure
+    assert ' level=info event=connected broker="localhost port ' in connected
 
 
 def test_tls_alone_trusts_whom_the_system_trusts(
@@ -311,21 +354,30 @@ FAILURES: dict[str, tuple[str, str, str]] = {
         "no MQTT broker answers on localhost port {password}: no CONNACK came",
         "a TLS port needs --cafile or --tls",
     ),
-    "no login": ("-p{password} " + TRUST, NOT_AUTHORIZED, "--username and --password-file"),
+    "no login": (
+        "-p{password} " + TRUST,
+        NOT_AUTHORIZED,
+        "it may want --username and --password-file, or --cert",
+    ),
+    "a certificate instead of a login": (
+        "-p{password} --cert={certs}/alice.crt --key={certs}/alice.key " + TRUST,
+        NOT_AUTHORIZED,
+        "it may want --username and --password-file, or not admit the name in --cert",
+    ),
     "another's password": (
         "-p{password} -ualice --password-file={certs}/bob.password " + TRUST,
         NOT_AUTHORIZED,
-        "--username and --password-file",
+        "the password may be wrong, or the user unknown: check --username and --password-file",
     ),
     "an unknown user": (
         "-p{password} -umallory --password-file={certs}/bob.password " + TRUST,
         NOT_AUTHORIZED,
-        "--username and --password-file",
+        "the password may be wrong, or the user unknown: check --username and --password-file",
     ),
     "no password": (
         "-p{password} -ualice " + TRUST,
         NOT_AUTHORIZED,
-        "--username and --password-file",
+        "no password was given: check --username and --password-file",
     ),
 }
 
@@ -388,6 +440,114 @@ def test_a_client_certificate_that_only_the_broker_finds_expired_is_explained(
         error, hint = failure(f"-p{broker.tls}", *certified(own, "alice"))
     assert REFUSES in error
     assert "valid now" in hint
+
+
+BAD_CERTIFICATE, HANDSHAKE_FAILURE = (bytes([21, 3, 3, 0, 2, 2, code]) for code in (42, 40))
+
+
+@contextlib.contextmanager
+def tls_server(directory: Path, version: ssl.TLSVersion, last_word: bytes) -> Iterator[int]:
+    """Listen with TLS, and refuse who has no certificate of our authority; yields the port.
+
+    :param last_word: what is then sent, instead of the alert that OpenSSL would send
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "localhost.crt", directory / "localhost.key")
+    context.load_verify_locations(directory / "ca.crt")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.minimum_version = context.maximum_version = version
+
+    def refuse(connection: socket.socket) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_side=True)
+        while data := connection.recv(65536):
+            incoming.write(data)
+            try:
+                tls.do_handshake()
+            except ssl.SSLWantReadError:
+                connection.sendall(outgoing.read())
+            except ssl.SSLError:
+                connection.sendall(last_word)
+                return
+
+    def serve() -> None:
+        while True:
+            with server.accept()[0] as connection, contextlib.suppress(ConnectionError):
+                connection.settimeout(SAFETY)
+                refuse(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = hostile.in_thread(serve)
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(SAFETY)
+
+
+TLS_1_2, TLS_1_3 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
+NO_REASON = "it ends the connection without a reason"
+# Whether we show a certificate; the server's version, and what it says; what we say of it.
+REFUSALS: dict[str, tuple[bool, ssl.TLSVersion, bytes, str, str]] = {
+    "our certificate without a word": (True, TLS_1_3, b"", NO_REASON, "may refuse our certificate"),
+    "our certificate without a word, in TLS 1.2": (
+        True,
+        TLS_1_2,
+        b"",
+        NO_REASON,
+        "may refuse our certificate",
+    ),
+    "no certificate without a word": (False, TLS_1_3, b"", NO_REASON, "(--cert and --key)"),
+    "our certificate with an alert": (
+        True,
+        TLS_1_2,
+        BAD_CERTIFICATE,
+        "it refuses our certificate (",
+        "its authority",
+    ),
+    "no certificate as if it were a bad one": (
+        False,
+        TLS_1_2,
+        BAD_CERTIFICATE,
+        "it ends the connection (sslv3 alert bad certificate)",
+        "may want a client certificate (--cert and --key)",
+    ),
+    "no certificate with an alert that says nothing": (
+        False,
+        TLS_1_2,
+        HANDSHAKE_FAILURE,
+        "it ends the connection (sslv3 alert handshake failure)",
+        "may want a client certificate (--cert and --key), or speak other versions of TLS",
+    ),
+    "our certificate with an alert that says nothing": (
+        True,
+        TLS_1_2,
+        HANDSHAKE_FAILURE,
+        "it ends the connection (sslv3 alert handshake failure)",
+        "may refuse our certificate, or speak other versions of TLS",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_of_a_broker_that_refuses_no_more_is_said_than_can_be_known(
+    case: str, certificates: Path, strangers: Path
+) -> None:
+    shows, version, last_word, problem, words = REFUSALS[case]
+    options = certified(strangers, "alice")[1:] if shows else []
+    with tls_server(certificates, version, last_word) as port:
+        error, hint = failure(f"-p{port}", f"--cafile={certificates}/ca.crt", *options)
+    # OpenSSL 3.2 and newer have another name for alerts.
+    error = error.replace("ssl/tls alert", "sslv3 alert")
+    assert error.startswith(f"TLS failed with the broker on localhost port {port}: {problem}")
+    assert words in hint
+
+
+def test_a_broker_that_is_silent_after_tls_is_not_called_one_without_tls(
+    certificates: Path,
+) -> None:
+    with tls_server(certificates, TLS_1_3, b"") as port:
+        error, hint = failure(f"-p{port}", "-W2", *certified(certificates, "alice"))
+    assert error.startswith(f"no MQTT broker answers on localhost port {port}: no CONNACK came")
+    assert "TLS" not in hint
 
 
 def test_a_web_server_is_not_taken_for_a_broker_with_tls(certificates: Path) -> None:
@@ -840,10 +1000,10 @@ def test_a_responder_says_that_it_cannot_use_a_file_and_goes_on_when_it_can_agai
     spoil, reason = SPOILED[case]
     change_program("connection", FIRST_DELAY=0.05)
     with started(own) as broker:
-        responder = start_responder(*certificate(broker, "responder"))
+        responder = start_responder("-iboth", *certificate(broker, "responder"))
         spoil(own, strangers)
-        # A second connection with this certificate ends the first: the client ID is its CN.
-        other = ["--respond", f"-p{broker.tls}", *certified(certificates, "responder")]
+        # A second connection with this client ID ends the first.
+        other = ["--respond", "-iboth", f"-p{broker.tls}", *certified(certificates, "responder")]
         with subprocess.Popen([sys.executable, PROGRAM, *other], stderr=subprocess.DEVNULL) as one:
             responder.wait_for("event=disconnected", times=2)
             assert responder.has_said(reason)
@@ -851,77 +1011,3 @@ def test_a_responder_says_that_it_cannot_use_a_file_and_goes_on_when_it_can_agai
         for path in certificates.iterdir():
             shutil.copy(path, own)
         responder.wait_for("ready", times=2)
-
-
-# --- the README --------------------------------------------------------------------------------
-
-
-def section(title: str) -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-
-
-@contextlib.contextmanager
-def ready(command: str, **options: object) -> Iterator[None]:
-    """Run a command of the shell from its line `ready` to the end of the block."""
-    process: subprocess.Popen[str] = subprocess.Popen(
-        ["bash", "-c", command],
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,  # type: ignore[call-overload]
-    )
-    assert process.stderr
-    with broker_side.killed_at_timeout(process), process.stderr:
-        try:
-            assert process.stderr.readline().startswith("ready")
-            yield
-        finally:
-            process.terminate()
-            assert process.wait(SAFETY) == 0
-
-
-def test_the_readmes_five_commands_lead_from_nothing_to_a_request_with_mutual_tls(
-    tmp_path: Path,
-) -> None:
-    text = section("With TLS: from nothing to a mutual-TLS request in five commands")
-    commands = re.findall(r"(?m)^```sh\n(.*)\n```$", text)
-    [answer] = re.findall(r"(?m)^```text\n(.*)\n```$", text)
-    copy_program(tmp_path)
-    for file in "dhparam4096.pem", "requirements.txt":
-        shutil.copy(ROOT / file, tmp_path)
-    shutil.copytree(ROOT / "broker", tmp_path / "broker")
-    ports = free_ports()
-    # What is installed here stands in for the network: pip finds nothing missing.
-    packages = {"PYTHONPATH": sysconfig.get_path("purelib"), "PIP_NO_INDEX": "1"}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    options = {"cwd": tmp_path, "env": os.environ | ports | packages | {"PATH": path}}
-    set_up, make, start, respond, request = (
-        command.replace(PROGRAM.name, f"{PROGRAM.name} -p {ports['TLS_PORT']}")
-        for command in commands
-    )
-    for command in set_up, make:
-        subprocess.run(["bash", "-c", command], check=True, timeout=SAFETY, **options)  # type: ignore[call-overload]
-    with ready(start, **options), ready(respond, **options):
-        result = subprocess.run(
-            ["bash", "-c", request],
-            capture_output=True,
-            timeout=SAFETY,
-            **options,  # type: ignore[call-overload]
-        )
-    assert (result.stderr, result.stdout.decode()) == (b"", answer + "\n")
-
-
-def test_the_readmes_unit_of_systemd_starts_a_responder(certificates: Path) -> None:
-    [unit] = re.findall(r"(?ms)^```ini\n(.*?)^```$", section("The responder"))
-    [command] = re.findall(r"(?m)^ExecStart=(.*)$", unit.replace("\\\n", " "))
-    names = re.findall(r"(?m)^LoadCredential=([\w.]+):/\S+$", unit)
-    assert sorted(names) == ["ca.crt", "responder.crt", "responder.key"]
-    interpreter, path, *arguments = command.replace(
-        "${CREDENTIALS_DIRECTORY}", str(certificates)
-    ).split()
-    assert (Path(interpreter).name, Path(path).name) == ("python", PROGRAM.name)
-    settings = program.settings_from(arguments)
-    assert settings.respond
-    assert settings.status_topic.startswith("status/")  # as broker/acl has it
-    assert settings.uses_tls
-    assert settings.cert == str(certificates / "responder.crt")

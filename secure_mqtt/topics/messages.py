@@ -225,7 +225,7 @@ class SessionKey:
         self.key = Ed25519PrivateKey.from_private_bytes(_private_key or os.urandom(KEY_SIZE))
         public_key = ED25519_PREFIX + self.key.public_key().public_bytes_raw()
         signed_bytes = _hello_bytes(keeper, topic, netid, public_key)
-        bundle = identity.bundle(to_pem(PUBLIC_KEY, public_key), signed_bytes)
+        bundle = identity.sign_bytes(to_pem(PUBLIC_KEY, public_key), signed_bytes)
         self.hello = join_fields(netid.encode(), bundle)
         self.session = session_of(self.hello)
 
@@ -265,7 +265,7 @@ def read_hello(
     netid, key, bundle = parse_hello(hello)
     signed_bytes = _hello_bytes(keeper, topic, netid, ED25519_PREFIX + key.public_bytes_raw())
     seconds = None if at is None else at / 1000
-    return Sender(netid, key, authority.verify_bundle(bundle, signed_bytes, netid, at=seconds))
+    return Sender(netid, key, authority.verify_bytes(bundle, signed_bytes, netid, at=seconds))
 
 
 def parse_hello(hello: bytes) -> Introduction:

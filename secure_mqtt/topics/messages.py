@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from crypto import PUBLIC_KEY, PeerKeyError, TokenError, derive_key, digest, to_pem
+from crypto import PUBLIC_KEY, KeyFileError, PeerKeyError, TokenError, derive_key, digest, to_pem
 from secure_mqtt.signatures import Validity, join_fields
 from secure_mqtt.suites import TAG_SIZE, key_blocks
 
@@ -128,7 +128,8 @@ class Epoch:
 
         :raises MessageError: it was not made with this key for this topic
         """
-        head, nonce = payload[:HELLO_HEAD], payload[NOTICE_SIZE:HELLO_HEAD]
+        nonce = payload[NOTICE_SIZE:HELLO_HEAD]
+        head = self.head(HELLO) + nonce
         try:
             return self._hellos.decrypt(nonce, payload[HELLO_HEAD:], self.topic + head)
         except InvalidTag:
@@ -176,7 +177,8 @@ class Stream:
 
         :raises MessageError: it was not made with the topic's key
         """
-        head, ciphertext = payload[:MESSAGE_HEAD], memoryview(payload)[MESSAGE_HEAD:]
+        head = self._head + payload[MESSAGE_HEAD - COUNTER_SIZE : MESSAGE_HEAD]
+        ciphertext = memoryview(payload)[MESSAGE_HEAD:]
         try:
             plaintext = self._cipher.decrypt(_nonce_of(head), ciphertext, self._topic + head)
         except InvalidTag:
@@ -221,12 +223,15 @@ class SessionKey:
         :param identity: the member's
         :param netid: the member's name, which its certificate has
         :param keeper: the name of the topic's keeper
+        :raises KeyFileError: the identity is too large
         """
         self.key = Ed25519PrivateKey.from_private_bytes(_private_key or os.urandom(KEY_SIZE))
         public_key = ED25519_PREFIX + self.key.public_key().public_bytes_raw()
         signed_bytes = _hello_bytes(keeper, topic, netid, public_key)
         bundle = identity.sign_bytes(to_pem(PUBLIC_KEY, public_key), signed_bytes)
         self.hello = join_fields(netid.encode(), bundle)
+        if len(self.hello) > MAX_HELLO_SIZE:
+            raise KeyFileError("holds certificates that are too large to publish with")
         self.session = session_of(self.hello)
 
 

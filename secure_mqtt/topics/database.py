@@ -13,6 +13,7 @@ from secure_mqtt.errors import ProgramError
 
 APPLICATION_ID = 0x534D5154  # "SMQT": tells our files from other programs'
 VERSION = 1  # of the tables
+MAGIC = b"SQLite format 3\0"  # what its files begin with
 SIDE_FILES = "-wal", "-journal", "-shm"  # SQLite's, beside the file: it takes in what they say
 PROBLEMS = {  # parts of what SQLite says, each with what it means, and what to do
     "locked": ("is in use by another process", "only one keeper can use it: stop the other"),
@@ -57,12 +58,15 @@ class Database:
             if not os.path.lexists(self.path):
                 make_file(self.path)
             check_private(self.path)
+            is_other = read_start(self.path) not in (b"", MAGIC)
             for end in SIDE_FILES:
                 if os.path.lexists(self.path + end):
                     check_private(self.path + end)
             mode = os.stat(folder).st_mode
         except OSError as error:
             raise self._error(f"cannot be used: {error.strerror}") from None
+        if is_other:  # SQLite would take a very short one as empty
+            raise self._error(*PROBLEMS["not a database"])
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             raise self._error("is where every user can replace it", f"run chmod o-w {folder}")
 
@@ -80,11 +84,12 @@ class Database:
         self._pragma("secure_delete = ON")
         self._pragma("foreign_keys = ON")
         self._pragma("temp_store = MEMORY")
-        with self.batch():
-            for statement in tables.split(";") if is_new else ():
-                self._connection.execute(statement)
-            self._pragma(f"application_id = {APPLICATION_ID}")
-            self._pragma(f"user_version = {VERSION}")
+        with self.batch():  # which locks it
+            if is_new:
+                for statement in tables.split(";"):
+                    self._connection.execute(statement)
+                self._pragma(f"application_id = {APPLICATION_ID}")
+                self._pragma(f"user_version = {VERSION}")
         self._forget_keys()  # which a process that was killed may have left
 
     def _pragma(self, text: str) -> Any:
@@ -149,6 +154,12 @@ def make_file(path: str) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def read_start(path: str) -> bytes:
+    """Return what a file begins with."""
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC))
 
 
 def check_private(path: str) -> None:

@@ -1,10 +1,11 @@
-"""Members of shared topics, and who certifies them."""
+"""Members of shared topics, who certifies them, and a keeper whose clock the test moves."""
 
 from __future__ import annotations
 
 import functools
 from datetime import datetime
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import reference_topics
 from cryptography import x509
@@ -13,8 +14,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from issuing import HOUR, NOW, PURPOSES, Issuer, common_name, key_usage, named, p256, pem
 
 from secure_mqtt.signatures import Authority, Identity
+from secure_mqtt.topics.keeper import Effects, Keeper
+from secure_mqtt.topics.requests import Joined, Page, read_answer, write_request
+from secure_mqtt.topics.store import Store
 
 KEEPER = "responder"
+TOPIC = "sensors/kitchen"
+INTERVAL = 3600.0  # seconds between rotations
 
 
 class Certified(NamedTuple):
@@ -70,3 +76,52 @@ class Certifier:
             key.public_key(), names, purposes, begins=begins, ends=ends
         )
         return Certified(name, key, pem(certificate))
+
+
+class Desk:
+    """A keeper with a clock that only the test moves."""
+
+    def __init__(
+        self, path: Path, authority: Authority, interval: float = INTERVAL, now: float = 1e9
+    ) -> None:
+        self.now, self.path, self.interval, self.authority = now, path, interval, authority
+        self.effects = Effects([], [])
+        self.open()
+
+    def open(self, interval: float = 0) -> None:
+        """Open the file, perhaps once more."""
+        self.interval = interval or self.interval
+        self.store = Store(str(self.path))
+        clock = lambda: self.now  # noqa: E731
+        self.keeper = Keeper(self.store, self.authority, KEEPER, clock, self.interval)
+
+    def close(self) -> None:
+        self.store.database.close()
+
+    def ask(self, netid: str, do: str, *values: Any) -> Any:
+        """Return the keeper's answer, after its batch."""
+        with self.keeper.batch() as effects:
+            answer = self.keeper.answer(netid, write_request(do, *values))
+        self.effects = Effects([*effects.subscriptions], [*effects.notices])
+        return read_answer(do, answer)
+
+    def join(self, netid: str, topic: str = TOPIC, hello: bytes | None = None) -> Joined:
+        joined: Joined = self.ask(netid, "join", topic, hello)
+        return joined
+
+    def page(self, after: int = 0, netid: str = "alice", topic: str = TOPIC) -> Page:
+        page: Page = self.ask(netid, "history", topic, after)
+        return page
+
+    def take(self, payload: bytes, topic: str = TOPIC) -> bool:
+        with self.keeper.batch():
+            return self.keeper.take(topic, payload)
+
+    def rotate(self) -> Effects:
+        with self.keeper.batch() as effects:
+            self.keeper.rotate()
+        return Effects([*effects.subscriptions], [*effects.notices])
+
+    def catch_up(self) -> list[str]:
+        with self.keeper.batch():
+            return self.keeper.catch_up()

@@ -16,83 +16,32 @@ from conftest import ROOT, SAFETY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from issuing import HOUR, NOW
-from members import KEEPER, Certifier
+from members import INTERVAL, TOPIC, Certifier, Desk
 from reference_topics import Session, seal_message
 
 from crypto import CryptoError
 from secure_mqtt.topics import keeper as keeper_module
-from secure_mqtt.topics.keeper import NO_TOPIC, Effects, Keeper
+from secure_mqtt.topics.keeper import NO_TOPIC
 from secure_mqtt.topics.messages import MAX_DATA_SIZE, MessageError, make_notice
 from secure_mqtt.topics.requests import (
     Joined,
-    Page,
     RefusedError,
-    read_answer,
     to_json,
     write_request,
 )
-from secure_mqtt.topics.store import Store
 
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 COURSE, STRANGERS = Certifier(), Certifier()
 ALICE, BOB = COURSE.member("alice"), COURSE.member("bob")
-INTERVAL = 3600.0  # seconds between rotations
-T = "sensors/kitchen"
+T = TOPIC
 TIME = 1_800_000_000_000  # milliseconds, of messages
-
-
-class Desk:
-    """A keeper with a clock that only the test moves."""
-
-    def __init__(self, path: Path, interval: float = INTERVAL, now: float = 1e9) -> None:
-        self.now, self.path, self.interval = now, path, interval
-        self.effects = Effects([], [])
-        self.open()
-
-    def open(self, interval: float = 0) -> None:
-        """Open the file, perhaps once more."""
-        self.interval = interval or self.interval
-        self.store = Store(str(self.path))
-        clock = lambda: self.now  # noqa: E731
-        self.keeper = Keeper(self.store, COURSE.authority, KEEPER, clock, self.interval)
-
-    def close(self) -> None:
-        self.store.database.close()
-
-    def ask(self, netid: str, do: str, *values: Any) -> Any:
-        """Return the keeper's answer, after its batch."""
-        with self.keeper.batch() as effects:
-            answer = self.keeper.answer(netid, write_request(do, *values))
-        self.effects = Effects([*effects.subscriptions], [*effects.notices])
-        return read_answer(do, answer)
-
-    def join(self, netid: str, topic: str = T, hello: bytes | None = None) -> Joined:
-        joined: Joined = self.ask(netid, "join", topic, hello)
-        return joined
-
-    def page(self, after: int = 0, netid: str = "alice", topic: str = T) -> Page:
-        page: Page = self.ask(netid, "history", topic, after)
-        return page
-
-    def take(self, payload: bytes, topic: str = T) -> bool:
-        with self.keeper.batch():
-            return self.keeper.take(topic, payload)
-
-    def rotate(self) -> Effects:
-        with self.keeper.batch() as effects:
-            self.keeper.rotate()
-        return Effects([*effects.subscriptions], [*effects.notices])
-
-    def catch_up(self) -> list[str]:
-        with self.keeper.batch():
-            return self.keeper.catch_up()
 
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path / "topics.db")
+    desk = Desk(tmp_path / "topics.db", COURSE.authority)
     yield desk
     desk.close()
 
@@ -297,7 +246,7 @@ def test_a_key_is_replaced_for_who_asks_before_the_keeper_has_noticed(kept: Desk
 
 
 def test_with_a_short_interval_the_last_key_closes_when_it_expires(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "topics.db", interval=5)
+    desk = Desk(tmp_path / "topics.db", COURSE.authority, interval=5)
     desk.ask("alice", "create", T, [], 0)
     desk.now += 6
     previous = desk.join("alice").previous
@@ -734,7 +683,7 @@ def test_whatever_is_asked_is_answered_in_json(kept: Desk, netid: str, request: 
 MEASURE = f"""
 import os, resource, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from members import KEEPER, Certifier
+from members import INTERVAL, KEEPER, TOPIC, Certifier, Desk
 from secure_mqtt.topics.keeper import Keeper
 from secure_mqtt.topics.requests import write_request
 from secure_mqtt.topics.store import Store

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from secure_mqtt.errors import ProgramError
-from secure_mqtt.topics.keys import Keys
+from secure_mqtt.topics.keys import NEVER, Keys
 from secure_mqtt.topics.messages import MAX_DATA_SIZE, Epoch, SessionKey, Stream
 from secure_mqtt.topics.requests import Joined
 
 WINDOW, WINDOW_BYTES = 1_000, 2**20  # messages that the broker has not acknowledged yet
 # Acknowledged messages that are kept to be sent again, should the keeper not have them.
 MAX_KEPT, MAX_KEPT_BYTES = 20_000, 2**24
+CHECK_INTERVAL = 10.0  # seconds
 PATIENCE = 30.0  # seconds to wait for a keeper that has got so far behind; then they are forgotten
 
 
@@ -62,7 +63,6 @@ class Window:
     """The lines that may still have to be sent, or sent again, in their order."""
 
     def __init__(self) -> None:
-        self.keeps_acknowledged = False  # since the keeper may lack some of these
         self.waiting = Tally(WINDOW, WINDOW_BYTES)  # for the broker's acknowledgement
         self._acknowledged = Tally(MAX_KEPT, MAX_KEPT_BYTES)
         self._lines: deque[Line] = deque()
@@ -95,13 +95,16 @@ class Window:
         self._sent += 1
 
     def acknowledge(self, receipt: Receipt) -> None:
-        """Note that the broker has a line, and forget the oldest ones that it has."""
+        """Note that the broker has a line; forget the oldest if these are too many."""
         index = receipt.counter - self._lines[0].counter if self._lines else -1
         if 0 <= index < self._sent and self._lines[index].epoch is receipt.epoch:
             self._mark(self._lines[index], True)
+        while self._acknowledged.is_full() and self._lines[0].is_acknowledged:
+            self._forget_first()
+
+    def forget_acknowledged(self) -> None:
+        """Forget the oldest lines that the broker has."""
         while self._lines and self._lines[0].is_acknowledged:
-            if self.keeps_acknowledged and not self._acknowledged.is_full():
-                break
             self._forget_first()
 
     def confirm(self, counter: int) -> None:
@@ -140,6 +143,7 @@ class Publisher:
         self._streams: dict[bytes, Stream] = {}  # by the epoch's key, the newest last
         self._introduced: set[bytes] = set()  # the keys of the epochs in which our hello was sent
         self._must_ask = True  # before we publish on
+        self._is_kept = False  # whether the keeper keeps messages
         self._learnt_at = clock()
 
     @property
@@ -181,12 +185,18 @@ class Publisher:
             self._window.sent()
 
     def _has_to_wait(self) -> bool:
-        """Tell whether the keeper has to say first how far it has got; it is asked then."""
-        is_behind = self._window.is_keeper_behind()
-        if is_behind:
+        """Tell whether the keeper has to say first how far it has got."""
+        is_behind = self._is_kept and self._window.is_keeper_behind()
+        if is_behind or self._clock() >= self.asks_at():
             self._keys.ask_soon()
-        is_patient = self._clock() < self._learnt_at + PATIENCE
-        return self._must_ask or (is_behind and is_patient)
+        return self._must_ask or (is_behind and self._clock() < self._learnt_at + PATIENCE)
+
+    def asks_at(self) -> float:
+        """Return when to ask whether what we have published was in time for its epoch.
+
+        Who publishes does not subscribe, and so gets no notice that it is over.
+        """
+        return self._learnt_at + CHECK_INTERVAL if self._window.oldest_sent() else NEVER
 
     def _epoch_for(self, line: Line) -> Epoch | None:
         """Set and return the epoch to send a line in: as before, while that may be read."""
@@ -227,13 +237,16 @@ class Publisher:
     def learn(self, joined: Joined) -> None:
         """Take the keeper's answer to our request to join, which the keys have taken already.
 
-        Where the keeper keeps messages, we send again those that it lacks if they were lost with a
-        connection, or if their epoch is over: then nobody can have taken them since.
+        We send again what may be lost: with a connection, or since its epoch was over. Where the
+        keeper keeps messages, that is what it lacks; elsewhere, what was sent since it was asked
+        last, or what the broker has not acknowledged. Who has it already drops it.
         """
-        self._learnt_at = self._clock()
-        self._window.keeps_acknowledged = joined.history > 0
+        self._learnt_at, self._is_kept = self._clock(), joined.history > 0
         self._window.confirm(joined.counters.get(self._session.session, -1))
         oldest = self._window.oldest_sent()
-        if self._must_ask or (oldest and oldest.epoch and not self._is_open(oldest.epoch)):
+        is_over = oldest and oldest.epoch and not self._is_open(oldest.epoch)
+        if not (self._is_kept or is_over):
+            self._window.forget_acknowledged()
+        if self._must_ask or is_over:
             self._window.rewind()
         self._must_ask = False

@@ -48,13 +48,15 @@ class Senders:
     def find(self, epoch: Epoch, session: bytes, is_past: bool = False) -> Reader | None:
         """Return what opens the messages of a session, if it was introduced in this epoch.
 
-        :param is_past: whether the keeper has kept them: then who wrote them is judged by their
-            own time, see check_time()
+        :param is_past: whether the keeper has kept the message: then its own time decides whether
+            the sender is believed, see check_time(), and not the present
         """
-        place = epoch.key, session, is_past
-        if reader := self._readers.get(place):
-            self._readers.move_to_end(place)
-        return reader
+        for kind in (False, True)[: 1 + is_past]:
+            place = epoch.key, session, kind
+            if reader := self._readers.get(place):
+                self._readers.move_to_end(place)
+                return reader
+        return None
 
     def introduce(self, epoch: Epoch, hello: bytes) -> bytes:
         """Take a hello from the topic.

@@ -9,30 +9,36 @@ From the top: the help, the lab's request with its four messages, the other role
 stand on is in crypto.py, the lab's cryptography, and in secure_mqtt, which lists its modules.
 """
 
-from __future__ import annotations
+import os
+import sys
+
+# Before anything is imported that takes time, or that an older Python cannot even read.
+if __name__ == "__main__":  # Ctrl-C causes no traceback, before main() or in an import within it
+    sys.excepthook = lambda kind, error, trace: (
+        os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, error, trace)
+    )
+    sys.unraisablehook = lambda it: sys.excepthook(it.exc_type, it.exc_value, it.exc_traceback)  # type: ignore[arg-type]
+if sys.version_info < (3, 10) or sys.platform not in ("linux", "darwin"):
+    where = f"Python {sys.version.split()[0]} on {sys.platform}"
+    sys.exit(f"secure_mqtt_client.py: error: needs Python 3.10+ on Linux or macOS, not {where}")
 
 import contextlib
-import os
 import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
-from crypto import CryptoError, read_group
-from secure_mqtt.actions import KEY_EXCHANGE, RESPONSE
-from secure_mqtt.calls import call, exchange_keys, timed_out, topics
+from crypto import CryptoError
 from secure_mqtt.command_line import parse_settings
-from secure_mqtt.connection import Connection
-from secure_mqtt.errors import ProgramError, UsageError
-from secure_mqtt.exchange import Exchange
-from secure_mqtt.log import PROGRAM, WAITING, log, set_up_log
-from secure_mqtt.settings import Settings, peer_security
-from secure_mqtt.streams import is_utf8, read_message, say, write_output
+from secure_mqtt.errors import INSTALL, ProgramError, UsageError, WorkerError
+from secure_mqtt.log import PROGRAM, log, set_up_log
+from secure_mqtt.streams import is_utf8, read_message, say, tell_of_input, write_output
 from secure_mqtt.suites import SUITES, UnavailableError
-from secure_mqtt.workers import Worker, WorkerError, supervise
+
+if TYPE_CHECKING:  # else loaded where it is used: --help and usage errors need no network
+    from secure_mqtt.connection import Connection
+    from secure_mqtt.exchange import Exchange
+    from secure_mqtt.settings import Settings
 
 __version__ = "3.0.0"
 
@@ -41,78 +47,95 @@ usage: secure_mqtt_client.py [options] NETID ACTION MESSAGE
        secure_mqtt_client.py [options] --lines NETID ACTION -
        secure_mqtt_client.py [options] --respond [NETID]
 
-Send one MQTT request that not even the broker can read, and print the answer;
-or one for each line; or answer such requests.
+Send a text over MQTT to a responder that transforms it, and print the answer.
+The text is encrypted from end to end: no broker that reads along learns it.
+(lab) marks what is in the course's lab; all else is an addition to it.
 
 request:
-  NETID                  who asks: one level of the topic, at most 64 characters
-  ACTION                 uppercase, lowercase, title-case, reverse, shuffle or
-                         random (drops and doubles characters)
-  MESSAGE                the text; - reads standard input, whole
-  -W, --timeout SECONDS  give up after so long in all, or without a next answer
-                         to --lines (default: 30)
-  --suite SUITE          dh4096, the lab's (default); x25519: faster, and each
-                         message fits its place only; mlkem768x25519: like it,
-                         and no recording falls to a quantum computer
-  --lines                send each line of standard input as a request
-  --rekey SECONDS        agree on new keys so often (with --lines)
+  NETID                  (lab) who asks: a name of 1 to 64 characters, which the
+                         topics of the messages begin with
+  ACTION                 (lab) uppercase, lowercase, title-case, reverse,
+                         shuffle or random (drops and doubles characters)
+  MESSAGE                (lab) the text; other users of this machine can read it
+                         here, so - takes standard input instead, to its end
+  --lines                with - as MESSAGE: each line is a request of its own,
+                         and gets its answer on a line
+  --rekey SECONDS        with --lines: agree on a new key so often
+  --suite SUITE          how to agree on a key, and encrypt: dh4096, the lab's
+                         (default); x25519, faster, and an answer is accepted
+                         for its own request only; mlkem768x25519, the same,
+                         and what is recorded today withstands a later quantum
+                         computer
+  -W, --timeout SECONDS  end with an error after so long without the answer, or
+                         with --lines without a further one (default: 30)
 
 responder:
-  --respond              answer the requests of all NETIDs, or of one
-  --status-topic TOPIC   publish there, retained, whether it runs, and counts
+  --respond              answer requests, of every NETID or of the one given
+  --status-topic TOPIC   publish there whether it runs, and what it has done
 
 broker:
-  -h, --host HOST        name or address (default: localhost)
-  -p, --port PORT        TCP port (default: 1884, with TLS 8883)
-  -i, --id ID            MQTT client ID (default: NETID, as the lab wants it;
-                         with --cert or --username NETID, a hyphen and 16
-                         random digits; for a responder a random one)
-  --local                run a broker for this command, and for a request a
+  -h, --host HOST        (lab) its name or address (default: localhost)
+  -p, --port PORT        (lab) its TCP port (default: 1884, with TLS 8883)
+  -i, --id ID            our MQTT client ID (default: NETID, as in the lab; with
+                         --cert or --username NETID, a hyphen and 16 random
+                         digits; for a responder a random one)
+  -u, --username NAME    log in under this name (default: MQTT_USERNAME in the
+                         environment)
+  --password-file FILE   take the password from FILE, or with - ask for it at
+                         the terminal (default: MQTT_PASSWORD in the
+                         environment)
+  --local                run a broker for this command only, and for a request a
                          responder, too (needs the package amqtt)
 
-security from end to end:
-  --identity FILE        sign with the private key in this file, and send its
-                         certificates with it (PEM, not encrypted)
-  --peer-ca FILE         accept only a peer that these authorities certify
-                         (PEM); a responder expects the NETID as its name
-  --peer-name NAME       the responder's name (default: responder)
+security of the texts, from end to end, against the broker itself:
+  --identity FILE        prove who we are: sign with the private key in FILE,
+                         which also holds its certificates (PEM, not encrypted)
+  --peer-ca FILE         accept only who proves its name by a certificate of an
+                         authority in FILE (PEM): the responder, or for a
+                         responder the NETID that asks
+  --peer-name NAME       with --peer-ca: the responder's name in its certificate
+                         (default: responder)
 
-security of the connection (each of the first five turns TLS on):
-  --cafile FILE          trust the authorities in this file (PEM)
-  --tls                  trust the authorities that the system trusts
-  --insecure             trust any broker: no protection from an active attacker
-  --cert FILE            our certificate, and intermediate ones (PEM)
-  --key FILE             its private key (PEM, not encrypted)
-  -u, --username NAME    (default: MQTT_USERNAME in the environment)
-  --password-file FILE   holds the password, - asks for it (default:
-                         MQTT_PASSWORD in the environment)
+security of the connection to the broker, by TLS:
+  --cafile FILE          use TLS, and trust the authorities in FILE (PEM)
+  --tls                  use TLS, and trust the authorities of the system
+  --insecure             use TLS, and trust anybody who says to be the broker
+  --cert FILE            use TLS, and show the certificate in FILE (PEM), with
+                         intermediate ones after it; needs --key
+  --key FILE             the private key of --cert (PEM, not encrypted)
 
 other:
-  --config FILE          read options from this file, too, one a line, without
-                         quotes, # for comments; the command line wins
-  -v, --verbose          say on stderr what happens; never a key or a text
+  --config FILE          take options from FILE as well: one a line, as above,
+                         values without quotes, # in front of comments; what is
+                         given on the command line wins
+  -v, --verbose          (lab) say on standard error what happens, but neither
+                         keys nor texts
   --help                 print this help, as does -h alone
   --version              print the version
 
 exit status:
-  0 the response was printed, 1 it was not, 2 wrong usage, 130 Ctrl-C;
-  a responder that SIGINT or SIGTERM stops exits with 0
+  0 the answer was printed whole; 1 it was not; 2 wrong usage; 130 Ctrl-C;
+  a responder that SIGINT or SIGTERM stops ends with 0
+
+It needs Python 3.10 or newer, on Linux or macOS.
 
 examples:
   secure_mqtt_client.py --local le0nh4rt uppercase "Networking is the best!"
-  secure_mqtt_client.py -h broker.example.org le0nh4rt reverse - < message.txt
   secure_mqtt_client.py --respond
+  secure_mqtt_client.py -v le0nh4rt reverse "Networking is the best!"
+  secure_mqtt_client.py le0nh4rt uppercase - < message.txt
 """
 USAGE = HELP.partition("\n\n")[0]
 
-NOTICE_AFTER = 3.0  # seconds until a person at a terminal is told what is being waited for
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 # --- the lab's request -------------------------------------------------------------------------
 
 
-def request(mqtt: Connection, settings: Settings, exchange: Exchange, texts: list[bytes]) -> bytes:
+def request(
+    mqtt: "Connection", settings: "Settings", exchange: "Exchange", texts: list[bytes]
+) -> bytes:
     """Send one request and return the answer, UTF-8 text.
 
     :param mqtt: a connection that was not used yet
@@ -120,8 +143,10 @@ def request(mqtt: Connection, settings: Settings, exchange: Exchange, texts: lis
     :param texts: the message, UTF-8, which is taken out, so that nothing keeps it: it may be large
     :raises ProgramError: there is no answer to return
     """
+    from secure_mqtt.actions import KEY_EXCHANGE, RESPONSE
+    from secure_mqtt.calls import call, exchange_keys, topics
+
     asking, answering = topics(settings)
-    exchange.request()  # says before anybody hears of us if there can be none
     with mqtt:
         mqtt.connect()
         mqtt.subscribe(RESPONSE.format(settings.netid, KEY_EXCHANGE), answering)
@@ -134,44 +159,35 @@ def request(mqtt: Connection, settings: Settings, exchange: Exchange, texts: lis
     return answer
 
 
-def run_request(settings: Settings) -> None:
+def run_request(settings: "Settings") -> None:
     """Send a request and print the response."""
-    # A child computes while this process imports paho and connects. Before there are threads.
-    exchange = Worker(partial(Exchange, *exchange_settings(settings)))
+    from secure_mqtt.exchange import new_exchange
+    from secure_mqtt.workers import Worker, supervise
+
+    # A child reads the files and computes while this process imports what the rest needs, and
+    # connects. Before there are threads.
+    worker = Worker(partial(new_exchange, settings))
+    exchange = cast("Exchange", worker)
+    begin_log(settings)
+    from secure_mqtt.calls import notice, timed_out
+    from secure_mqtt.connection import Connection, load_paho
+
+    load_paho()
+    exchange.request()  # says before anybody hears of us if there can be none
+    worker.tell("load")
     with services(settings):
         texts = [read_message(settings)]
         mqtt = Connection(settings)
         end = time.monotonic() + settings.timeout
         try:
             with notice(mqtt):
-                run = partial(request, mqtt, settings, cast("Exchange", exchange), texts)
-                answer = supervise(run, lambda: end)
+                answer = supervise(partial(request, mqtt, settings, exchange, texts), lambda: end)
         except TimeoutError:
             raise timed_out(mqtt, settings) from None
     write_output(answer + b"\n")
 
 
-@contextlib.contextmanager
-def notice(mqtt: Connection) -> Iterator[None]:
-    """Tell a person at a terminal what is being waited for, if it takes long."""
-    timer = threading.Timer(
-        NOTICE_AFTER, lambda: log().log(WAITING, "waiting for %s ...", mqtt.stage)
-    )
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def exchange_settings(settings: Settings) -> tuple[Any, ...]:
-    """Return the arguments of an Exchange. CryptoError or UsageError if a file is unusable."""
-    read_group()  # raises its error here, and not in a child
-    return settings.netid, settings.suite, *peer_security(settings), settings.peer_name
-
-
-def services(settings: Settings) -> contextlib.AbstractContextManager[None]:
+def services(settings: "Settings") -> contextlib.AbstractContextManager[None]:
     """Return what --local brings for a request."""
     if not settings.local:
         return contextlib.nullcontext()
@@ -183,12 +199,16 @@ def services(settings: Settings) -> contextlib.AbstractContextManager[None]:
 # --- the other roles ---------------------------------------------------------------------------
 
 
-def run_session(settings: Settings) -> None:
+def run_session(settings: "Settings") -> None:
     """Send the lines of standard input and print the responses."""
+    begin_log(settings)
+    from secure_mqtt.exchange import Exchange, exchange_settings
+    from secure_mqtt.session import Session
+    from secure_mqtt.workers import supervise
+
     SUITES[settings.suite].load()
     new_exchange = partial(Exchange, *exchange_settings(settings))
-    from secure_mqtt.session import Session
-
+    tell_of_input("lines")
     with services(settings):
         session = Session(settings, new_exchange)
         try:
@@ -198,12 +218,14 @@ def run_session(settings: Settings) -> None:
             raise ProgramError(f"line {session.first}: {fault}", fault.hint) from None
 
 
-def run_responder(settings: Settings) -> None:
+def run_responder(settings: "Settings") -> None:
     """Answer requests until SIGINT or SIGTERM."""
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))  # before there is anything to finish
+        signal.signal(number, lambda *_: os._exit(0))  # before there is anything to finish
+    begin_log(settings)
     from secure_mqtt.local import local_broker
     from secure_mqtt.responder import Responder
+    from secure_mqtt.workers import supervise
 
     whom = settings.netid or "all NetIDs"
     responder = Responder(settings, lambda: say(f"ready: {settings.broker}, for {whom}"))
@@ -217,7 +239,16 @@ def run_responder(settings: Settings) -> None:
 # --- main --------------------------------------------------------------------------------------
 
 
-def settings_from(arguments: list[str]) -> Settings:
+def begin_log(settings: "Settings") -> None:
+    """Write the log from now on, and in it first what is allowed, but unwise."""
+    from secure_mqtt.cautions import cautions
+
+    set_up_log(settings)
+    for caution in cautions(settings):
+        log().warning(caution)
+
+
+def settings_from(arguments: list[str]) -> "Settings":
     """Return what these arguments mean. UsageError if they are wrong."""
     return parse_settings(arguments, HELP, __version__)
 
@@ -240,16 +271,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         settings = settings_from(sys.argv[1:] if argv is None else argv)
-        set_up_log(settings)
-        if settings.insecure:
-            log().warning("--insecure: anyone between here and the broker can pose as it")
         run = run_session if settings.lines else run_request
         (run_responder if settings.respond else run)(settings)
     except ProgramError as error:
         return report(error)
     except ImportError as error:
-        hint = "install what is needed: python3 -m pip install -r requirements.txt"
-        return report(ProgramError(f"a package is missing: {error}", hint))
+        return report(ProgramError(f"a package is missing: {error}", INSTALL))
     except WorkerError:
         return report(ProgramError("a process of the program was ended", "try again"))
     except UnavailableError as error:
@@ -259,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         return report(ProgramError(str(error)))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except SystemExit:  # argparse after --help or --version, or a responder that was just started
+    except SystemExit:  # argparse after --help or --version
         pass
     return 0
 

@@ -8,11 +8,13 @@ log            the log: for a person, or for programs
 actions        topics, NetIDs and the lab's six actions
 settings       what the command line says, and the files that it names
 certificates   when certificates end
+cautions       what is allowed, but unwise: warnings at the start
 streams        standard input, output and error
 lines          the lines of a session: read, sent and answered
 tls            TLS with the broker
 faults         why there is no connection to the broker
 mailboxes      what has come over a connection and is not handled yet, and what has gone
+postponed      an import that waits until something is used
 connection     the connection to the broker: the only user of paho
 suites         how two ends agree on keys, and how they encrypt with them
 hints          what was probably meant, where the command line is wrong
@@ -40,4 +42,5 @@ status         the status that a responder publishes
 size_limit     how large an answer may be for a broker
 responder      the other end: it stays connected
 local          what --local brings: a broker, and a responder
+not_installed  what answers to pip install: the program is run where it lies
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable
 
@@ -17,11 +16,15 @@ NETID = re.compile(r"(?!\$)[^/+#\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,64}")
 
 def shuffle(text: str) -> str:
     """Return the characters in random order."""
+    import random  # here, since --help need not wait for it
+
     return "".join(random.sample(text, len(text)))
 
 
 def drop_and_double(text: str) -> str:
     """Return the characters, each of them dropped, kept or doubled at random."""
+    import random
+
     return "".join(character * random.randint(0, 2) for character in text)
 
 

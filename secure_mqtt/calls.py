@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from crypto import MAX_KEY_FILE_SIZE, CryptoError
@@ -11,11 +13,12 @@ from secure_mqtt.connection import Connection
 from secure_mqtt.errors import ProgramError, UnusableError
 from secure_mqtt.exchange import Exchange
 from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, silence
-from secure_mqtt.log import PROGRAM, log
+from secure_mqtt.log import PROGRAM, WAITING, log
 from secure_mqtt.mailboxes import Message
 from secure_mqtt.settings import Settings
 from secure_mqtt.suites import LAB, SUITES
 
+NOTICE_AFTER = 3.0  # seconds until a person at a terminal is told what is being waited for
 EXCHANGE, ANSWER = "the key exchange", "the response"  # what is waited for, after the SUBACK
 KEY_SENT, KEY_RECEIVED, REQUEST_SENT, ANSWER_RECEIVED = 1, 2, 3, 4  # the lab's numbers
 CONTENTS = {
@@ -108,6 +111,20 @@ def check_answer(answer: Message, size: int) -> None:
         raise UnusableError("far too large for an answer")
 
 
+@contextlib.contextmanager
+def notice(mqtt: Connection) -> Iterator[None]:
+    """Tell a person at a terminal what is being waited for, if it takes long."""
+    timer = threading.Timer(
+        NOTICE_AFTER, lambda: log().log(WAITING, "waiting for %s ...", mqtt.stage)
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
     """Return the error for a client whose time is over."""
     within = f"within {settings.timeout:g} s"
@@ -125,12 +142,14 @@ def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
             else "another client may be using this NETID, or someone tampers with the messages",
         )
     if is_exchange:
-        others = "" if settings.suite == LAB.name else ", or know other suites only"
+        others = (
+            "" if settings.suite == LAB.name else ", or know other suites only: try without --suite"
+        )
         return ProgramError(
             f"no responder answered the key exchange on {topic} {within}",
             f"start one ({PROGRAM} --respond), or check NETID, --host and --port;"
             " an access rule of the broker may also drop messages without a word, or the responder"
-            f" demand an --identity{others}",
+            f" demand an --identity{'' if settings.suite == LAB.name else others}",
         )
     problem = f"no response came on {topic} {within}"
     if mqtt.outbox.largest_taken > SUITES[settings.suite].sealed_size(MAX_TEXT):

@@ -17,14 +17,12 @@ from secure_mqtt.log import PROGRAM
 from secure_mqtt.settings import Settings, client_id, read_file
 from secure_mqtt.streams import is_utf8, write_output
 from secure_mqtt.suites import SUITES
-from secure_mqtt.tls import tls_context
 
 DEFAULT_PORT = 1884  # the lab's
 DEFAULT_TLS_PORT = 8883  # secure-mqtt, as registered with IANA
 # A peer on the course's own module needs over 10 s on cryptography 49 and newer.
 DEFAULT_TIMEOUT = 30.0  # seconds
 MAX_TIMEOUT = 86_400.0  # seconds: far more overflows the clocks of the system
-NOTICE_AFTER = 3.0  # seconds until a person at a terminal is told what is being waited for
 DNS_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # RFC 1034, 3.5; RFC 1123, 2.1
 DNS_NAME = re.compile(rf"{DNS_LABEL}(\.{DNS_LABEL})*")
 T = TypeVar("T")
@@ -158,6 +156,8 @@ def parse_settings(arguments: list[str], help_text: str, version: str) -> Settin
         raise
     fill_in(settings)
     if settings.cafile or settings.cert:
+        from secure_mqtt.tls import tls_context
+
         tls_context(settings)  # shows what is wrong with the files before anything else is done
     return settings
 

@@ -45,7 +45,7 @@ def option_of(line: bytes, known: Collection[str]) -> str:
     try:
         text = line.decode().strip(" \t\r")
     except UnicodeDecodeError:
-        raise UsageError("not UTF-8 text") from None
+        raise UsageError("must be UTF-8 text") from None
     if not text or text.startswith("#"):
         return ""
     match = LINE.fullmatch(text)
@@ -54,7 +54,7 @@ def option_of(line: bytes, known: Collection[str]) -> str:
     name, separator, value = match.groups()
     option = f"-{name}" if len(name) == 1 else f"--{name}"
     if option in NOT_FOR_FILES:
-        raise UsageError(f"{option} is for the command line")
+        raise UsageError(f"{option} must be on the command line")
     if option not in known:
         from secure_mqtt.hints import unknown_option
 

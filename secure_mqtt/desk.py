@@ -27,7 +27,7 @@ class Desk:
     def __init__(self, netid: str, reports: Reports) -> None:
         """Prepare to answer one NetID or, if that is empty, all; before there are threads."""
         self.keyring = Keyring()
-        self.labour = Labour()
+        self.labour = Labour(self.keyring)
         self.replies = Replies(reports)
         self.exchanges = Exchanges(self.keyring, self.labour, self.replies)
         self._requests = Requests(self.keyring, self.labour, self.replies)

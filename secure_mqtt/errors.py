@@ -2,6 +2,12 @@
 
 from crypto import CryptoError
 
+# What to do about a missing package; the README has the same command.
+INSTALL = (
+    "in the program's folder, run: python3 -m venv .venv && .venv/bin/pip install -q -r"
+    " requirements.txt amqtt; then start it by .venv/bin/python secure_mqtt_client.py"
+)
+
 
 class ProgramError(Exception):
     """What went wrong and, as a hint, what to do about it, both in the user's words."""
@@ -15,6 +21,10 @@ class ProgramError(Exception):
 
 class UsageError(ProgramError):
     """The command line is wrong."""
+
+
+class WorkerError(Exception):
+    """A process of our own was ended."""
 
 
 class UnusableError(CryptoError):

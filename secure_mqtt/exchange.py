@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from crypto import TokenError, digest
+from crypto import TokenError, digest, read_group
+from secure_mqtt.settings import Settings, peer_security
 from secure_mqtt.suites import SUITES, Cipher, Transcript, key_blocks
 
 if TYPE_CHECKING:
@@ -67,11 +68,17 @@ class Exchange:
         self._netid = netid
         self._authority = authority
         self._peer_name = peer_name
-        self._keys = SUITES[suite].client()
-        SUITES[suite].load()
+        import cryptography  # noqa: F401 - here, and not later, it is told if that is missing
+
+        self._suite = SUITES[suite]
+        self._keys = self._suite.client()
         blocks = self._keys.blocks
         self._request = identity.sign(blocks, netid) if identity else blocks
         self.channel: Channel  # under the key that was agreed on last
+
+    def load(self) -> None:
+        """Import what agree() needs, for which nobody has to wait then."""
+        self._suite.load()
 
     def request(self) -> bytes:
         """Return the payload of message 1."""
@@ -99,3 +106,14 @@ class Exchange:
     def open(self, topic: str, message: bytes) -> tuple[int, bytes]:
         """Do as Channel.open() does."""
         return self.channel.open(topic, message)
+
+
+def exchange_settings(settings: Settings) -> tuple[Any, ...]:
+    """Return the arguments of an Exchange. CryptoError or UsageError if a file is unusable."""
+    read_group()  # raises its error before anything is computed
+    return settings.netid, settings.suite, *peer_security(settings), settings.peer_name
+
+
+def new_exchange(settings: Settings) -> Exchange:
+    """Return an exchange, from files as they are now; raises as exchange_settings() does."""
+    return Exchange(*exchange_settings(settings))

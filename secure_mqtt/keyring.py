@@ -101,6 +101,10 @@ class Keyring:
         """Return the keys of a NetID, newest first."""
         return self._netids.get(netid, [])
 
+    def unproven(self, netid: str) -> int:
+        """Return how many keys of a NetID have opened no request."""
+        return sum(not key.is_proven for key in self.of(netid))
+
     def add(self, key: Key) -> None:
         """Keep a new key."""
         keys = self._netids.setdefault(key.netid, [])
@@ -156,7 +160,8 @@ class Keyring:
         before = len(key.tokens)
         if not key.remember(number, message):
             raise UnusableError("out of order, or here before")
-        self._token_bytes += len(key.tokens) - before
+        if key in self._proven or key in self._unproven:  # else it was forgotten meanwhile
+            self._token_bytes += len(key.tokens) - before
         if self._token_bytes > MAX_TOKEN_BYTES:  # to forget tokens, but not the key, were a replay
             self.forget(next(iter(self._proven)))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from secure_mqtt.connection import LOOP_INTERVAL
-from secure_mqtt.errors import ProgramError
+from secure_mqtt.errors import INSTALL, ProgramError
 from secure_mqtt.log import log
 from secure_mqtt.responder import DRAINING_TIME, Responder
 from secure_mqtt.settings import Settings, random_id
@@ -30,9 +30,7 @@ def local_broker(settings: Settings) -> Iterator[None]:
         from amqtt.broker import Broker as AmqttBroker
         from amqtt.errors import AMQTTError, BrokerError
     except ImportError:
-        raise ProgramError(
-            "--local needs the package amqtt", "install it: python3 -m pip install amqtt"
-        ) from None
+        raise ProgramError("--local needs the package amqtt", INSTALL) from None
     logging.getLogger("amqtt").setLevel(logging.CRITICAL + 1)  # what matters is said here
     if not settings.port:
         with socket.create_server((settings.host, 0)) as server:

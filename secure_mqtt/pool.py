@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from secure_mqtt.chores import Chores
-from secure_mqtt.workers import Worker, WorkerError
+from secure_mqtt.errors import WorkerError
+from secure_mqtt.workers import Worker
 
 Then = Callable[[Callable[[], Any]], None]  # takes what returns the result, or raises the error
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from crypto import DhKeyPair
+from crypto import CryptoError, DhKeyPair
 from secure_mqtt.keyring import Key
 from secure_mqtt.pool import Pool
 
@@ -64,4 +65,5 @@ class Powers:
 
     def _take_key_pairs(self, result: Callable[[], Any]) -> None:
         self._ordered -= AT_A_TIME
-        self._key_pairs += result()
+        with contextlib.suppress(CryptoError):  # the worker lacks memory, or the like
+            self._key_pairs += result()

@@ -7,9 +7,9 @@ from typing import Any
 
 from crypto import CryptoError
 from secure_mqtt.actions import RESPONSE
+from secure_mqtt.errors import WorkerError
 from secure_mqtt.reports import Reports
 from secure_mqtt.turns import Incoming
-from secure_mqtt.workers import WorkerError
 
 
 class Replies:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from secure_mqtt.actions import KEY_EXCHANGE
+from secure_mqtt.errors import ProgramError
 from secure_mqtt.log import event
 from secure_mqtt.turns import Incoming
 
@@ -24,6 +25,13 @@ class Reports:
         self._report_at = 0.0  # of time.monotonic()
         self._foreign = 0  # requests since the last report of those
         self._foreign_at = 0.0
+        self._given = {""}  # hints
+
+    def disconnected(self, error: ProgramError) -> None:
+        """Note why there is no connection; what to do about it is said once."""
+        hint = {} if error.hint in self._given else {"hint": error.hint}
+        self._given.add(error.hint)
+        event("disconnected", is_warning=True, reason=str(error), **hint)
 
     def answered(self, message: Incoming) -> None:
         """Note that a message was answered."""

@@ -11,12 +11,10 @@ from secure_mqtt.actions import REQUEST, TRANSFORMATIONS
 from secure_mqtt.chores import Reply, seal_answer
 from secure_mqtt.errors import UnusableError
 from secure_mqtt.keyring import Key, Keyring
-from secure_mqtt.labour import Labour
+from secure_mqtt.labour import MAX_INLINE, Labour
 from secure_mqtt.replies import Replies
 from secure_mqtt.reports import NO_KEY
-from secure_mqtt.turns import Incoming
-
-MAX_INLINE = 2**13  # bytes of a request that is answered here; a larger one would take too long
+from secure_mqtt.turns import Hold, Incoming
 
 
 class Requests:
@@ -58,7 +56,7 @@ class Requests:
         if not self._labour.pool.has_idle:
             self._labour.wait_for_worker(message)
             return
-        self._labour.turns.hold(message.netid)  # the numbers of its requests must rise
+        self._labour.turns.hold(message.netid, Hold.ANSWER)  # the numbers of its requests must rise
         keys, ciphers = zip(*able, strict=True)
         then = partial(self._replies.attempt, message, self._finish, keys)
         work = message.netid, message.action, message.payload, ciphers
@@ -68,7 +66,7 @@ class Requests:
         self, message: Incoming, keys: tuple[Key, ...], result: Callable[[], Reply]
     ) -> None:
         """Send what a worker has made, unless the request was here before."""
-        self._labour.turns.release(message.netid)
+        self._labour.turns.release(message.netid, Hold.ANSWER)
         reply = result()
         key = keys[reply.place]
         self._keyring.use(key, reply.number, message.payload)
@@ -82,7 +80,7 @@ class Requests:
         if to_derive and not self._labour.pool.has_idle:
             self._labour.wait_for_worker(message)
         elif coming:
-            self._labour.turns.hold(message.netid, message)
+            self._labour.turns.hold(message.netid, Hold.KEY, message)
             if to_derive:
                 self.derive(to_derive[0])
         return bool(coming)
@@ -92,4 +90,4 @@ class Requests:
             key.cipher = result()
         except CryptoError:  # it was checked before: the worker lacks memory, or the like
             self._keyring.forget(key)
-        self._labour.turns.release(key.netid)
+        self._labour.turns.release(key.netid, Hold.KEY)

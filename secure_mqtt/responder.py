@@ -14,14 +14,13 @@ from secure_mqtt.actions import REQUEST
 from secure_mqtt.chores import Credentials
 from secure_mqtt.connection import Connection, backoff
 from secure_mqtt.desk import Desk
-from secure_mqtt.errors import ProgramError, UnusableError
+from secure_mqtt.errors import ProgramError, UnusableError, WorkerError
 from secure_mqtt.log import event
 from secure_mqtt.reports import Reports
 from secure_mqtt.settings import Settings, peer_files
 from secure_mqtt.size_limit import SizeLimit
 from secure_mqtt.status import Status
 from secure_mqtt.suites import load_suites
-from secure_mqtt.workers import WorkerError
 
 WORK_TIME = 0.005  # seconds of work until the network is looked at again
 SWEEP_INTERVAL = 1.0  # seconds
@@ -75,7 +74,7 @@ class Responder:
             except ProgramError as error:
                 if error.is_final:
                     raise
-                event("disconnected", is_warning=True, reason=str(error))
+                self._reports.disconnected(error)
                 if mqtt:
                     self._limit.connection_lost(mqtt.outbox)
             self._is_connected = False

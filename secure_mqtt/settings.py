@@ -107,7 +107,7 @@ def read_file(option: str, name: str, max_size: int = -1) -> bytes:
     except OSError as error:
         raise UsageError(f"cannot read {option} {name}: {error.strerror}") from None
     if 0 <= max_size < len(content):
-        raise UsageError(f"{option} {name} is larger than {max_size} bytes")
+        raise UsageError(f"{option} {name} must be no larger than {max_size} bytes")
     return content
 
 

@@ -153,9 +153,7 @@ class Authority:
         :raises PeerKeyError: the bytes were not signed by that name's owner
         """
         try:
-            with (
-                warnings.catch_warnings()
-            ):  # of what is refused anyhow, like a serial number below 1
+            with warnings.catch_warnings():  # of oddities that nobody here could do anything about
                 warnings.simplefilter("ignore")
                 return self._verify(bundle, signed_bytes, name, is_client, at)
         except exceptions.InvalidSignature:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from crypto import token_size
 from secure_mqtt.errors import ProgramError
+from secure_mqtt.log import PROGRAM
 from secure_mqtt.settings import Settings
 from secure_mqtt.terminal import visible
 
@@ -31,11 +32,18 @@ def read_message(settings: Settings) -> bytes:
     """Return the message, from standard input if the command line says so."""
     if settings.message is not None:
         return settings.message
+    tell_of_input("MESSAGE")
     try:
         message = standard_input().read()
     except OSError as error:
         raise ProgramError(f"cannot read standard input: {error.strerror}") from None
     return checked_message(message)
+
+
+def tell_of_input(what: str) -> None:
+    """Tell a person at a terminal that it is waited for, and how to end it."""
+    if sys.stdin is not None and sys.stdin.isatty():
+        say(f"{PROGRAM}: reading {what} until the end of input (Ctrl-D)")
 
 
 def standard_input() -> io.BufferedReader:

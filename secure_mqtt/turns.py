@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from enum import Enum, auto
 from typing import NamedTuple
 
 # Bytes of all that waits together: the payloads, and for each message what it takes beside. A
@@ -31,6 +32,14 @@ class Incoming(NamedTuple):
         return (time.monotonic() - self.arrived) * 1000
 
 
+class Hold(Enum):
+    """What a NetID waits for that is held."""
+
+    WORKER = auto()  # an idle one
+    KEY = auto()  # its key, which is being derived
+    ANSWER = auto()  # the answer to its request, which a worker makes
+
+
 class Turns:
     """Messages that wait, each in the queue of its NetID.
 
@@ -43,7 +52,7 @@ class Turns:
         self._weights: dict[str, int] = {}  # of the queues, in bytes
         self._weight = 0  # of all of them
         self._order: deque[str] = deque()  # NetIDs whose turn will come
-        self._held: set[str] = set()  # those whose turn does not come before they are released
+        self._held: dict[str, Hold] = {}  # those whose turn does not come before they are released
 
     def __len__(self) -> int:
         """Return how many messages wait."""
@@ -79,22 +88,24 @@ class Turns:
             self._remove(netid)
         return message
 
-    def hold(self, netid: str, message: Incoming | None = None) -> None:
+    def hold(self, netid: str, why: Hold, message: Incoming | None = None) -> None:
         """Keep a NetID waiting whose message was just taken, until it is released.
 
         :param message: what was taken, if it shall be taken again then
         """
-        self._held.add(netid)
+        self._held[netid] = why
         if self._order and self._order[-1] == netid:  # where take() puts it, if more waits
             self._order.pop()
         if message:
             self._queues.setdefault(netid, deque()).appendleft(message)
             self._add_weight(netid, message.weight)
 
-    def release(self, netid: str) -> bool:
-        """Let it be a NetID's turn next, if it was held and has messages; tell whether it is."""
-        is_next = netid in self._held and netid in self._queues
-        self._held.discard(netid)
+    def release(self, netid: str, why: Hold) -> bool:
+        """Let it be a NetID's turn next, if it was held for that; tell whether it has messages."""
+        if self._held.get(netid) != why:
+            return False
+        del self._held[netid]
+        is_next = netid in self._queues
         if is_next:
             self._order.appendleft(netid)
         return is_next

@@ -13,14 +13,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from crypto import CryptoError
+from secure_mqtt.errors import ProgramError, WorkerError
 
 CHECK_INTERVAL = 1.0  # seconds between looks at a deadline, which may have moved
 LENGTH_SIZE = 8  # bytes of the size that precedes what is sent to a worker or comes from it
 T = TypeVar("T")
-
-
-class WorkerError(Exception):
-    """A process of our own was ended."""
 
 
 class WorkError(CryptoError):
@@ -53,8 +50,15 @@ class Worker:
 
     def send(self, method: str, *arguments: Any) -> None:
         """Let the object do something. One thing at a time. WorkerError if the child was ended."""
+        self._order(method, arguments, has_result=True)
+
+    def tell(self, method: str) -> None:
+        """Let the object do something that has no result. WorkerError as in send()."""
+        self._order(method, (), has_result=False)
+
+    def _order(self, method: str, arguments: tuple[Any, ...], has_result: bool) -> None:
         try:
-            _send(self._socket, (method, arguments))
+            _send(self._socket, (method, arguments, has_result))
         except OSError:
             raise WorkerError from None
 
@@ -138,15 +142,16 @@ def _work(make: Callable[[], object], channel: socket.socket) -> None:
 
 def _answer_once(make: Callable[[], object], channel: socket.socket) -> None:
     """Do one thing for the parent, and keep nothing of it: a message may be large."""
-    method, arguments = _receive(channel)
+    method, arguments, has_result = _receive(channel)
     result = error = None
     try:
         result = getattr(make(), method)(*arguments)
-    except (CryptoError, ImportError) as caught:
+    except (CryptoError, ProgramError, ImportError) as caught:
         error = caught
     except Exception as caught:
         error = WorkError(type(caught).__name__)
-    _send(channel, (result, error))
+    if has_result:
+        _send(channel, (result, error))
 
 
 def supervise(run: Callable[[], T], end: Callable[[], float]) -> T:

@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import itertools
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -237,6 +238,66 @@ def stages(broker: Mosquitto) -> Iterator[tuple[str, ...]]:
     yield "stage", "median"
     for name, seconds in times.items():
         yield name, milliseconds(statistics.median(seconds))
+
+
+# --- timeline: where the time of a whole request goes ------------------------------------------
+
+# Found in the lines that a request writes with -v, and Python when it has imported a module, each
+# with what is over then. What the child does meanwhile has no line.
+MARKS = {
+    r"\| +site$": "Python has started",
+    r"\| +secure_mqtt\.command_line$": "the parser is imported",
+    r"\| +secure_mqtt\.workers$": "the options are read",
+    r"\| +logging$": "the child is forked, logging imported",
+    r"\| +paho\.mqtt\.client$": "paho is imported",
+    "CONNACK": "connected",
+    "SUBACK": "subscribed",
+    " 1 (→|->)": "message 1 is sent",
+    " 2 (←|<-)": "message 2 has come, the key is derived",
+    " 3 (→|->)": "message 3 is sent",
+    " 4 (←|<-)": "message 4 has come",
+}
+
+
+def measure_timeline(broker: Mosquitto, folder: Path) -> None:
+    """Tell where the time of a whole request goes, by what it writes, and when it does so."""
+    plain = without_gmpy2(folder / "plain")
+    rows: list[tuple[str, ...]] = [("", *SUITES)]
+    with responding(broker, plain):
+        columns = [median_timeline(broker.port, suite, plain) for suite in SUITES]
+    rows += [
+        (event, *(milliseconds(column[event]) for column in columns))
+        for event in (*MARKS.values(), "the process has ended")
+    ]
+    table("When it happens in a request (pow; importing takes longer when it is traced)", rows)
+
+
+def median_timeline(port: int, suite: str, env: dict[str, str]) -> dict[str, float]:
+    """Return the seconds from the start of a request to each event, medians."""
+    runs = [timeline(port, suite, env) for _ in range(ROUNDS + 1)][1:]
+    return {event: statistics.median(each[event] for each in runs) for event in runs[0]}
+
+
+def timeline(port: int, suite: str, env: dict[str, str]) -> dict[str, float]:
+    """Return the seconds from the start of one request to each event."""
+    command = [sys.executable, "-X", "importtime", str(PROGRAM), "-v", f"--suite={suite}"]
+    words = ["-p", str(port), "bench", "uppercase", TEXT.decode()]
+    events: dict[str, float] = {}
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [*command, *words],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
+        for line in cast("io.TextIOWrapper", process.stderr):
+            now = time.perf_counter() - start
+            for mark, event in MARKS.items():
+                if re.search(mark, line.rstrip()):
+                    events.setdefault(event, now)
+    events["the process has ended"] = time.perf_counter() - start
+    return events
 
 
 # --- load: many clients ------------------------------------------------------------------------
@@ -1162,6 +1223,7 @@ def measure_reliability(broker: Mosquitto, folder: Path) -> None:
 
 PARTS = {
     "start": measure_start,
+    "timeline": measure_timeline,
     "reliability": measure_reliability,
     "load": measure_load,
     "memory": measure_memory,

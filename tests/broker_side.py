@@ -74,7 +74,7 @@ def issue(
     subject: str = "",
     names: tuple[str, ...] = (),
     begins: timedelta = timedelta(minutes=-1),
-    ends: timedelta = timedelta(hours=1),
+    ends: timedelta = timedelta(days=30),
 ) -> None:
     """Write a certificate, its key and both, replacing what is there.
 
@@ -113,6 +113,7 @@ def issue(
     )
     for end, content in (("crt", in_pem), ("key", key_in_pem), ("pem", in_pem + key_in_pem)):
         (directory / f"{file}.{end}").write_bytes(content)
+        (directory / f"{file}.{end}").chmod(0o600)
 
 
 def context(certificates: Path, name: str | None = None) -> ssl.SSLContext:

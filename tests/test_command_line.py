@@ -9,12 +9,21 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import broker_side
 import pytest
-from conftest import PROGRAM, SAFETY, Mosquitto, Run, copy_program, error_lines, run
+from conftest import (
+    PROGRAM,
+    SAFETY,
+    Mosquitto,
+    ResponderProcess,
+    Run,
+    copy_program,
+    error_lines,
+    run,
+)
 
 import secure_mqtt_client as program
 from secure_mqtt.actions import ACTIONS
@@ -238,13 +247,39 @@ def test_help_fits_80_columns_of_ascii() -> None:
     assert text.isascii()
 
 
-def test_help_ends_with_three_examples_that_work() -> None:
+def test_help_marks_what_is_the_labs_and_nothing_else() -> None:
+    entries = re.findall(r"(?m)^  (\S+)(?:, --\S+)?(?: [A-Z]+)? {2,}(\(lab\))?", printed("--help"))
+    assert len(entries) > 20
+    labs = ["NETID", "ACTION", "MESSAGE", "-h", "-p", "-v"]
+    assert [name for name, mark in entries if mark] == labs
+
+
+def test_help_ends_with_examples_that_work(
+    own_broker: Mosquitto, start_responder: Callable[..., ResponderProcess], tmp_path: Path
+) -> None:
     name, *examples = printed("--help").rpartition("\n\n")[2].splitlines()
-    assert (name, len(examples)) == ("examples:", 3)
-    for example in examples:
-        command, *arguments = shlex.split(example.partition(" <")[0])
-        assert command == PROGRAM.name
-        program.settings_from(arguments)
+    assert (name, len(examples)) == ("examples:", 4)
+    (tmp_path / "message.txt").write_text("one\ntwo\n")
+    answers: list[bytes] = []
+    for example in map(str.strip, examples):
+        assert example.startswith(f"{PROGRAM.name} ")
+        port = "" if "--local" in example else f"-p {own_broker.port} "
+        arguments = port + example.partition(" ")[2]
+        if "--respond" in example:
+            start_responder(*shlex.split(arguments.replace("--respond", "")))
+            continue
+        command = f"{shlex.join([sys.executable, str(PROGRAM)])} {arguments}"
+        result = subprocess.run(
+            command, shell=True, cwd=tmp_path, capture_output=True, timeout=SAFETY
+        )
+        assert result.returncode == 0, result.stderr
+        assert ("4 ← " in result.stderr.decode()) == (" -v " in example)
+        answers.append(result.stdout)
+    assert answers == [
+        b"NETWORKING IS THE BEST!\n",
+        b"!tseb eht si gnikrowteN\n",
+        b"ONE\nTWO\n\n",
+    ]
 
 
 def test_h_alone_prints_the_help_as_a_later_course_has_it() -> None:
@@ -275,6 +310,7 @@ def test_help_and_wrong_usage_import_nothing_heavy(arguments: list[str]) -> None
     assert "argparse" in modules
     heavy = {"paho", "cryptography", "asyncio", "amqtt", "logging", "multiprocessing", "ssl"}
     assert not heavy & modules
+    assert not {"socket", "threading", "pickle", "random", "datetime"} & modules  # a few ms in all
 
 
 def test_difflib_is_imported_only_to_say_what_was_meant() -> None:

@@ -93,15 +93,15 @@ WRONG: dict[str, tuple[bytes, str, str]] = {
     "a missing value": (b"--host\n", "1: argument -h/--host: expected one argument", ""),
     "a value for none": (b"tls yes\n", "1: argument --tls: takes no value", ""),
     "a host with a port": (b"host a:5\n", "1: argument -h/--host: must be", "--port 5"),
-    "another file": (b"config other\n", "1: --config is for the command line", ""),
-    "help": (b"-v\n--help\n", "2: --help is for the command line", ""),
-    "the version": (b"version\n", "1: --version is for the command line", ""),
+    "another file": (b"config other\n", "1: --config must be on the command line", ""),
+    "help": (b"-v\n--help\n", "2: --help must be on the command line", ""),
+    "the version": (b"version\n", "1: --version must be on the command line", ""),
     "a NetID alone": (b"le0nh4rt uppercase text\n", "1: there is no option --le0nh4rt", ""),
     "two dashes": (b"--\n", "1: must be an option and its value, or a comment after #", ""),
     "no name": (b"= x\n", "1: must be an option and its value", ""),
-    "what is not UTF-8": (b"port 5\nusername caf\xe9\n", "2: not UTF-8 text", ""),
+    "what is not UTF-8": (b"port 5\nusername caf\xe9\n", "2: must be UTF-8 text", ""),
     "a zero byte": (b"cafile a\0b\n", "1: must be an option and its value", ""),
-    "UTF-16": ("port 5\n".encode("utf-16"), "1: not UTF-8 text", ""),
+    "UTF-16": ("port 5\n".encode("utf-16"), "1: must be UTF-8 text", ""),
 }
 
 
@@ -121,7 +121,7 @@ def test_an_error_names_the_file_and_the_line(case: str, tmp_path: Path) -> None
         ("none", "cannot read --config none: No such file or directory"),
         (".", "cannot read --config .: Is a directory"),
         ("", "argument --config: must be a file's name"),
-        ("/dev/zero", f"--config /dev/zero is larger than {MAX_CONFIG_SIZE} bytes"),
+        ("/dev/zero", f"--config /dev/zero must be no larger than {MAX_CONFIG_SIZE} bytes"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_wrong_usage(name: str, problem: str, tmp_path: Path) -> None:

@@ -516,7 +516,7 @@ class Reader:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if is_verbose else subprocess.PIPE,
             text=True,
-            timeout=SAFETY,
+            timeout=5 * SAFETY,  # it may install packages
             **self.options(),
         )
         assert (result.returncode, result.stderr or "") == (0, "")
@@ -557,7 +557,8 @@ def copy_project(folder: Path) -> None:
 
 def masked(output: str) -> str:
     """Return output without what differs from run to run."""
-    changes = {r"\b\d+(?= ms\b)": "N", r"(?<= port )\d+": "P", r"(?<=: )[0-9a-f]{64}\b": "…"}
+    port = r"(?<= port )\d+|(?<= -p )\d+"
+    changes = {r"\b\d+(?= ms\b)": "N", port: "P", r"(?<=: )[0-9a-f]{64}\b": "…"}
     for pattern, mask in changes.items():
         output = re.sub(pattern, mask, output)
     return output

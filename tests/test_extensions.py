@@ -404,13 +404,14 @@ def certificate(
     version: int = 2,
     serial: object = 5,
     common_name: bytes = b"x",
+    string_type: int = 0x0C,
     algorithm: list[Any] = ALGORITHM,
     public_key: list[Any] | None = None,
     not_before: tuple[int, bytes] = (UTC_TIME, b"250101000000Z"),
     not_after: tuple[int, bytes] = (UTC_TIME, b"491231235959Z"),
 ) -> bytes:
     """Return a certificate that its own key has signed (DER)."""
-    attribute = [(OBJECT_IDENTIFIER, bytes.fromhex("550403")), (0x0C, common_name)]
+    attribute = [(OBJECT_IDENTIFIER, bytes.fromhex("550403")), (string_type, common_name)]
     name = [(0x31, to_der(attribute))]
     own_key = SIGNER.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     content = [
@@ -456,6 +457,7 @@ ODD_CERTIFICATES: dict[str, bytes] = {
         [*NAMED[:1], (OCTET_STRING, b"\x30\x05abc")],
     ),
     "a subject that is not UTF-8": certificate(NAMED, common_name=b"\xff"),
+    "a subject of bits": certificate(NAMED, common_name=b"\0x", string_type=BIT_STRING),
     "a subject of control characters": certificate(NAMED, common_name=b"\x1b[2J\nforged: line"),
     "a key on a curve that nobody knows": certificate(NAMED, public_key=ODD_PUBLIC_KEY),
     "a time that does not exist": certificate(NAMED, not_before=(UTC_TIME, b"259999999999Z")),

@@ -731,10 +731,10 @@ def test_whatever_happens_at_a_stage_ends_in_time_with_an_error_that_names_it(st
 SLOW_EXCHANGE = """
 class SlowExchange(exchange.Exchange):
     def agree(self, response):
-        program.threading.Event().wait(1)
+        import threading; threading.Event().wait(1)
         return super().agree(response)
 
-program.Exchange = SlowExchange
+exchange.Exchange = SlowExchange
 """
 
 

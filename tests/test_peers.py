@@ -978,6 +978,11 @@ WRONG_REQUESTS: Mapping[str, tuple[str, Callable[[Requester], bytes], str]] = {
         lambda r: r.odd("a subject of control characters"),
         "signed with a certificate",
     ),
+    "with a certificate whose subject is no text": (
+        "alice",
+        lambda r: r.odd("a subject of bits"),
+        MALFORMED,
+    ),
     "with a serial number below 0": (
         "alice",
         lambda r: r.odd("a negative serial number"),

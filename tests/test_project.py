@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
-from conftest import PROGRAM, ROOT
+import pytest
+from conftest import PROGRAM, ROOT, SAFETY, copy_program
 
 import secure_mqtt_client as program
 from secure_mqtt.keyring import MAX_TOKENS
+from secure_mqtt.not_installed import REFUSAL
 from secure_mqtt.session import IN_ORDER
 
 
@@ -46,6 +53,31 @@ def test_the_oldest_python_is_the_one_that_the_tools_check_for() -> None:
 
 def test_the_responder_remembers_what_a_session_does_under_one_key() -> None:
     assert IN_ORDER.max_requests * 2 == MAX_TOKENS
+
+
+PIP: dict[str, list[str]] = {
+    "install": ["install", "."],
+    "without isolation": ["install", "--no-build-isolation", "."],
+    "editable": ["install", "--editable", "."],
+    "a wheel": ["wheel", "."],
+}
+
+
+@pytest.mark.parametrize("case", PIP)
+def test_pip_says_that_there_is_nothing_to_install(case: str, tmp_path: Path) -> None:
+    """Also where there is no network."""
+    copy_program(tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / ".venv"], check=True, timeout=SAFETY)
+    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    command = [str(tmp_path / ".venv/bin/python"), "-m", "pip", *PIP[case]]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=SAFETY
+    )
+    assert result.returncode == 1
+    assert REFUSAL in " ".join((result.stdout + result.stderr).split())
+    assert "Traceback" not in result.stderr
+    assert not any(tmp_path.rglob("*.whl"))
 
 
 def test_the_version_is_the_newest_in_the_changelog() -> None:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import conftest
 import pytest
 from conftest import (
     Mosquitto,
@@ -20,6 +21,7 @@ from conftest import (
     run,
     wait_until,
 )
+from hostile import impatient_program
 
 import crypto
 from crypto import to_pem
@@ -250,6 +252,27 @@ def test_it_may_be_started_before_its_broker(
     own_broker.start()
     responder.wait_for("ready")
     assert answers(own_broker.port, netid)
+
+
+def test_what_to_check_when_there_is_no_broker_is_said_once(
+    own_broker: Mosquitto,
+    start_responder: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conftest, "PROGRAM", impatient_program(tmp_path))
+    own_broker.kill()
+    port = own_broker.port
+    responder = start_responder("-p", str(port), ready=False)
+    responder.wait_for('event=disconnected reason="connection refused', times=3)
+    hint = f' hint="start a broker there (mosquitto -p {port}), or check --host and --port"'
+    assert responder.lines[0].endswith(hint)
+    own_broker.start()
+    responder.wait_for("ready")
+    own_broker.kill()
+    refused = sum("connection refused" in line for line in responder.lines)
+    responder.wait_for("connection refused", times=refused + 2)
+    assert sum(hint in line for line in responder.lines) == 1
 
 
 def test_a_refusal_for_good_ends_it(tmp_path: Path, start_responder: Start) -> None:

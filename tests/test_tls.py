@@ -19,7 +19,7 @@ from pathlib import Path
 import broker_side
 import hostile
 import pytest
-from broker_side import PASSWORDS, BrokerSide, Client, issue, made, started
+from broker_side import PASSWORDS, BrokerSide, Client, issue, load, made, started
 from conftest import (
     PROGRAM,
     SAFETY,
@@ -59,6 +59,7 @@ def certified(directory: Path, name: str = "") -> list[str]:
 def password_file(directory: Path, name: str) -> Path:
     path = directory / f"{name}.password"
     path.write_text(PASSWORDS[name] + "\n", encoding="utf-8")
+    path.chmod(0o600)
     return path
 
 
@@ -190,6 +191,66 @@ def test_all_that_a_responder_logs_is_logfmt(broker: BrokerSide, start_responder
     assert ' level=info event=connected broker="localhost port ' in connected
 
 
+# --- what is allowed, but unwise ---------------------------------------------------------------
+
+
+def warnings(broker: BrokerSide, *options: str) -> list[str]:
+    """Run a request that is answered all the same; return what standard error says."""
+    result = run(f"-p{broker.tls}", f"--cafile={broker.directory}/ca.crt", *options, *REQUEST)
+    assert (result.stdout, result.returncode) == (ANSWER, 0)
+    return [line.removeprefix(f"{PROGRAM.name}: ") for line in error_lines(result).splitlines()]
+
+
+@pytest.mark.parametrize(("days", "is_said"), [(1, True), (13, True), (15, False)])
+def test_a_certificate_of_ours_that_ends_within_14_days_is_a_warning(
+    days: int, is_said: bool, broker: BrokerSide, start_responder: Start, own: Path
+) -> None:
+    start_responder(*certificate(broker, "responder"))
+    issue(own, "alice", names=("alice",), ends=timedelta(days=days))
+    date = f"{load(own, 'alice').not_valid_after_utc:%Y-%m-%d}"
+    options = [*certified(own, "alice")[1:], f"--identity={own}/alice.pem"]
+    assert warnings(broker, *options) == (
+        [
+            f"--cert {own}/alice.crt ends on {date}; renew it",
+            f"--identity {own}/alice.pem ends on {date}; renew it",
+        ]
+        if is_said
+        else []
+    )
+
+
+def test_a_secret_file_that_all_users_can_read_is_a_warning(
+    broker: BrokerSide, start_responder: Start, own: Path
+) -> None:
+    start_responder(*certificate(broker, "responder"))
+    secrets = {
+        "--key": own / "alice.key",
+        "--password-file": password_file(own, "alice"),
+        "--identity": own / "alice.pem",
+    }
+    options = [f"--cert={own}/alice.crt", "-ualice"]
+    options += [f"{option}={path}" for option, path in secrets.items()]
+    for mode in 0o600, 0o640:
+        for path in secrets.values():
+            path.chmod(mode)
+        assert warnings(broker, *options) == []
+    for path in secrets.values():
+        path.chmod(0o644)
+    assert warnings(broker, *options) == [
+        f"{option} {path} can be read by all users of this machine; run: chmod 600 {path}"
+        for option, path in secrets.items()
+    ]
+
+
+def test_a_responders_warnings_are_in_its_log(
+    own: Path, broker: BrokerSide, start_responder: Start
+) -> None:
+    (own / "responder.key").chmod(0o604)
+    responder = start_responder(*certificate(broker, "responder")[:1], *certified(own, "responder"))
+    [warning, _] = responder.lines
+    assert ' level=warning event=note text="--key ' in warning
+
+
 def test_tls_alone_trusts_whom_the_system_trusts(
     broker: BrokerSide, start_responder: Start
 ) -> None:
@@ -207,6 +268,7 @@ def test_certificate_and_key_may_be_in_one_file_in_any_order(
     parts = [(broker.directory / f"alice.{end}").read_bytes() for end in ("crt", "key")]
     for content in b"".join(parts), b"".join(reversed(parts)):
         (tmp_path / "both.pem").write_bytes(content)
+        (tmp_path / "both.pem").chmod(0o600)
         both = [f"--cert={tmp_path}/both.pem", f"--key={tmp_path}/both.pem"]
         result = run(f"-p{broker.tls}", *certified(broker.directory), *both, *REQUEST)
         assert (error_lines(result), result.stdout) == ("", ANSWER)

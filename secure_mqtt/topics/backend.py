@@ -58,7 +58,7 @@ class Unkept:
         """Say how many there were, if it is time for that."""
         if self._reasons and time.monotonic() >= self._report_at:
             for reason, count in self._reasons.most_common(MAX_REASONS):
-                event("not-kept", is_warning=True, count=count, reason=reason)
+                event("unkept", is_warning=True, count=count, reason=reason)
             self._reasons.clear()
             self._report_at = time.monotonic() + REPORT_INTERVAL
 

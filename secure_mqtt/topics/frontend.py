@@ -45,7 +45,7 @@ class KeeperProcess:
                 os._exit(0)
         theirs.close()
         if process is None:
-            raise ProgramError("no process for the keeper can be had")
+            raise ProgramError("no process for the keeper can be had", "the machine may be busy")
         self.receive()
 
     def ask(self, authority: bytes, requests: list[tuple[str, bytes]]) -> None:

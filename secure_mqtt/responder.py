@@ -39,16 +39,15 @@ class Responder:
         :param on_ready: called after each subscription
         """
         read_group()
-        credentials = Credentials(*peer_files(settings))
+        peer_files(settings)  # raises the error of one that can't be used
         self._settings = settings
         self._on_ready = on_ready
         self._reports = Reports()
-        self._desk = Desk(settings.netid, self._reports)
-        self._desk.exchanges.use(credentials)
+        self._desk = Desk(settings, self._reports)
         self._desk.replies.publish = self._publish
         self._limit = SizeLimit()
         self._orders = Orders()
-        self._is_connected = False
+        self._is_connected = self._is_announced = False
         self._status = Status(settings.status_topic, self._reports, self._desk)
         self._link = Link(settings, REQUEST.format(settings.netid or "+", "+"), self._status.will)
         load_suites()
@@ -76,6 +75,7 @@ class Responder:
             if not self._orders.is_stopped:
                 notify("WATCHDOG=1")
                 self._orders.wait(next(delays))
+        self._desk.end()
         event("stopped")
 
     def stop(self) -> None:
@@ -99,27 +99,33 @@ class Responder:
         notify("WATCHDOG=1")
         credentials = Credentials(*peer_files(self._settings))
         self._link.open()
-        self._desk.exchanges.use(credentials)
+        self._desk.use(credentials)
         self._status.hasten()
-        self._is_connected = True
-        event("ready", topic=self._link.topic)
-        self._on_ready()
-        notify("READY=1")
+        self._is_connected, self._is_announced = True, False
 
     def _serve(self) -> None:
         sweep_at = time.monotonic()
         while not self._orders.is_stopped:
+            if self._desk.is_ready and not self._is_announced:
+                self._announce()
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_INTERVAL
                 self._sweep(sweep_at)
             self._go_on(self._orders)
             if not self._link.is_changing_over and self._orders.take_renewal():
                 self._renew()
-        while self._desk.labour.is_busy:
+        while self._desk.is_busy:
             self._go_on()
         self._status.publish_end(self._link)
         self._link.flush()
         self._link.close(is_orderly=True)
+
+    def _announce(self) -> None:
+        """Say that all that may be asked is answered."""
+        self._is_announced = True
+        event("ready", topic=self._link.topic)
+        self._on_ready()
+        notify("READY=1")
 
     def _sweep(self, now: float) -> None:
         """Do what is to be done from time to time."""
@@ -140,7 +146,7 @@ class Responder:
     def _go_on(self, *others: Any) -> None:
         """Do what there is to do now, or comes in the next moment."""
         has_more = self._desk.work(time.monotonic() + WORK_TIME)
-        for ready in self._link.wait([*self._desk.labour.pool.workers, *others], is_busy=has_more):
+        for ready in self._link.wait([*self._desk.processes, *others], is_busy=has_more):
             if ready not in others:
                 self._desk.take_result(ready)
         for message in self._link.messages():

@@ -170,7 +170,8 @@ FILE = re.compile(r"[\w./-]+\.(py|pem|txt|md|toml|conf|sh|crt|key|svg|json|yaml|
 
 def is_file(name: str) -> bool:
     """Tell whether the project has a file; one of the package may be named without it."""
-    return any((ROOT / folder / name).exists() for folder in ("", "secure_mqtt"))
+    folders = "", "secure_mqtt", "secure_mqtt/topics"
+    return any((ROOT / folder / name).exists() for folder in folders)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -259,6 +260,7 @@ def test_each_row_of_attackers_has_its_tests() -> None:
 # A constant of the program, in units of the last number, and where a page says it.
 BOUNDS = [
     ("MAX_KEY_FILE_SIZE", "security", "| messages 1 and 2, whole | {:g} KiB |", 2**10),
+    ("MAX_EXCHANGE_SIZE", "security", "where signatures are demanded | {:g} KiB |", 2**10),
     ("MAX_PUBLIC_KEY_SIZE", "security", "| a public key of dh4096, in DER | {:g} KiB |", 2**10),
     ("MAX_TEXT", "security", "| a text to transform | {:g} MiB", 2**20),
     ("MAX_CHAIN", "security", "| certificates in a signed message | {:g}, of 8 KiB each |", 1),

@@ -58,7 +58,7 @@ import crypto
 import secure_mqtt_client as program
 from crypto import PUBLIC_KEY, from_pem, read_group
 from secure_mqtt import connection
-from secure_mqtt.actions import KEY_EXCHANGE, REQUEST, RESPONSE
+from secure_mqtt.actions import KEY_EXCHANGE, MAX_TEXT, REQUEST, RESPONSE
 from secure_mqtt.calls import call, exchange_keys, topics
 from secure_mqtt.connection import Connection
 from secure_mqtt.exchange import Exchange
@@ -685,7 +685,7 @@ def measure_sizes(broker: Mosquitto, folder: Path) -> None:
         ("message", "plain", "request", "ratio", "plain memory", "request memory", "ratio")
     ]
     with responding(broker, dict(os.environ)), echoing(broker):
-        for size in (2**10, 2**20, 2**24, 2**26):
+        for size in (2**10, 2**16, MAX_TEXT):
             message = (b"0123456789abcdef" * (size // 16))[:size]
             pairs = [
                 (

@@ -176,6 +176,7 @@ def test_a_unit_starts_a_responder_that_signs_and_demands_it(tmp_path: Path) -> 
         [command] = re.findall(r"(?m)^ExecStart=(.*)$", path.read_text().replace("\\\n", " "))
         interpreter, script, *arguments = command.split()
         assert (Path(interpreter).name, Path(script).name) == ("python", PROGRAM.name)
+        assert ("--keep" in arguments) == ("keeper" in path.name)
         config = ROOT / "deploy" / Path(arguments.pop()).name
         copy = tmp_path / config.name
         copy.write_text(config.read_text().replace("/etc/secure-mqtt", str(names)))
@@ -185,6 +186,12 @@ def test_a_unit_starts_a_responder_that_signs_and_demands_it(tmp_path: Path) -> 
         assert settings.cert == str(names / "responder.crt")
         assert settings.identity == str(names / "responder.pem")
         assert settings.peer_ca == settings.cafile == str(names / "ca.crt")
+
+
+def test_the_keeper_is_confined_as_the_responder_is() -> None:
+    keeper, responder = ({*path.read_text().splitlines()} for path in UNITS)
+    own = {line.partition("=")[0] for line in keeper - responder if line[:1] not in "# "}
+    assert own == {"Description", "Conflicts", "StateDirectory", "StateDirectoryMode"}
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name, indirect=True)

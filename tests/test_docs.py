@@ -38,9 +38,14 @@ NOT_RUN = {
     "tests/run": "it runs this test",
     ".venv-newest/bin/python tests/benchmark.py": "it takes minutes",
     "mosquitto_sub -h localhost -p 1884 -v -t 'status/#'": "it ends never, and is optional",
-    "sudo systemctl enable --now secure-mqtt-responder\njournalctl -u secure-mqtt-responder": (
-        "it would change this machine"
-    ),
+    'kill -HUP "$(pgrep -of -- --respond)"': "it would reach the responders of other tests",
+}
+# The same, by page and heading.
+NOT_RUN_SECTIONS = {
+    ("docs/deploying.md", "In containers"): "tests/test_compose.py does, where it may take minutes",
+    ("docs/deploying.md", "As a service"): "it would change this machine",
+    ("docs/deploying.md", "Is it well?"): "tests/test_service.py does, with files of its own",
+    ("docs/deploying.md", "Metrics"): "tests/test_metrics.py does, at a broker of its own",
 }
 
 # What the pages tell of before it is there: options, files, events. A test sees to it that nothing
@@ -164,6 +169,7 @@ def names_in(scope: ast.Module | ast.ClassDef) -> set[str]:
 # Files that the reader makes, or that are another project's.
 READERS_FILES = re.compile(
     r"certs/.*|(alice|responder)\.conf|messages\.txt|/etc/.*|/opt/.*|/usr/.*|\.venv.*|ca\.crt"
+    r"|responder\.(crt|key|pem)"
 )
 FILE = re.compile(r"[\w./-]+\.(py|pem|txt|md|toml|conf|sh|crt|key|svg|json|yaml|service)|[\w.-]+/")
 
@@ -198,8 +204,9 @@ def test_every_function_that_a_page_names_exists(page: str) -> None:
 
 @cache
 def is_text(word: str) -> bool:
-    """Tell whether the program has a word in a text of its own, or a script of broker/ uses it."""
-    scripts = [path for path in (ROOT / "broker").iterdir() if path.is_file()]
+    """Tell whether the program has a word in a text of its own, or a file beside it uses it."""
+    folders = ROOT / "broker", ROOT / "deploy"
+    scripts = [path for folder in folders for path in folder.iterdir() if path.is_file()]
     return any(f'"{word}"' in path.read_text(encoding="utf-8") for path in CODE) or any(
         word in path.read_text(encoding="utf-8") for path in scripts
     )
@@ -231,7 +238,8 @@ def test_the_table_of_the_lab_and_beyond_has_every_option_and_module() -> None:
 def test_the_table_of_files_is_complete() -> None:
     named = {row[0].strip("`") for row in rows("docs/development.md", "The files")}
     wanted = {str(path.relative_to(ROOT)) for path in CODE if path.name != "__init__.py"}
-    wanted |= {f"broker/{path.name}" for path in (ROOT / "broker").iterdir() if path.is_file()}
+    for folder in "broker", "deploy":
+        wanted |= {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir() if path.is_file()}
     assert wanted <= named
 
 
@@ -440,7 +448,8 @@ def steps(page: str, section: str) -> list[Step]:
     here = [block for block in blocks(page) if block.section == section]
     found: list[Step] = []
     for block, following in zip(here, [*here[1:], Block("", "", "")], strict=True):
-        if block.language != "sh" or block.text in NOT_RUN:
+        is_run = block.text not in NOT_RUN and (page, block.section) not in NOT_RUN_SECTIONS
+        if block.language != "sh" or not is_run:
             continue
         output = following.text if following.language == "text" else ""
         lines = [Step(line, "") for line in block.text.splitlines()]
@@ -650,23 +659,9 @@ def test_nothing_is_ahead_that_is_there() -> None:
     assert not AHEAD & there
 
 
-def test_the_unit_of_systemd_starts_a_responder(certificates: Path) -> None:
-    unit = one_block("docs/operating.md", "As a service", "ini")
-    [command] = re.findall(r"(?m)^ExecStart=(.*)$", unit.replace("\\\n", " "))
-    names = re.findall(r"(?m)^LoadCredential=([\w.]+):/\S+$", unit)
-    assert sorted(names) == ["ca.crt", "responder.crt", "responder.key"]
-    interpreter, path, *arguments = command.replace(
-        "${CREDENTIALS_DIRECTORY}", str(certificates)
-    ).split()
-    assert (Path(interpreter).name, Path(path).name) == ("python", PROGRAM.name)
-    settings = program.settings_from(arguments)
-    assert settings.respond
-    assert settings.status_topic.startswith("status/")  # as broker/acl has it
-    assert settings.uses_tls
-    assert settings.cert == str(certificates / "responder.crt")
-
-
 def test_what_is_not_run_is_still_there() -> None:
     texts = {block.text for page in PAGES for block in blocks(page)}
     assert set(NOT_RUN) <= texts
+    sections = {(page, block.section) for page in PAGES for block in blocks(page)}
+    assert set(NOT_RUN_SECTIONS) <= sections
     assert os.access(ROOT / "tests/run", os.X_OK)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import conftest
 import pytest
-from broker_side import made
+from broker_side import made, started
 from conftest import PROGRAM, ROOT, SAFETY, Mosquitto, ResponderProcess, run
 from hostile import changed_program
 
@@ -136,6 +136,34 @@ def test_an_abstract_socket_is_found(own_broker: Mosquitto, start_responder: Sta
         name = manager.getsockname()
         start_responder(f"-p{own_broker.port}", env=environment(b"@" + name[1:]))
         assert said(manager) == "READY=1"
+
+
+# --- health ------------------------------------------------------------------------------------
+
+
+def config(folder: Path, name: str, certificates: Path, port: int) -> str:
+    """Copy a file of options, for a broker of here; return the option that names it."""
+    text = (ROOT / "deploy" / name).read_text().replace("/etc/secure-mqtt", str(certificates))
+    (folder / name).write_text(text.replace("mqtt.example.edu", f"localhost\nport = {port}"))
+    return f"--config={folder / name}"
+
+
+def test_the_health_check_tells_whether_the_responder_answers_and_disturbs_nobody(
+    start_responder: Start, tmp_path: Path
+) -> None:
+    certificates = made(tmp_path / "certificates", "localhost", "responder", "health")
+    with started(certificates) as broker:
+        responder = start_responder(config(tmp_path, "responder.conf", certificates, broker.tls))
+        check = config(tmp_path, "health.conf", certificates, broker.proxy)
+        for _ in range(2):
+            result = run(check, "health", "uppercase", "ok")
+            assert (result.returncode, result.stdout, result.stderr) == (0, b"OK\n", b"")
+        assert len(responder.lines) == 1
+        responder.process.send_signal(signal.SIGSTOP)
+        result = run(check, "-W1", "health", "uppercase", "ok")
+        responder.process.send_signal(signal.SIGCONT)
+        assert (result.returncode, result.stdout) == (1, b"")
+        assert b"no responder answered" in result.stderr
 
 
 # --- units -------------------------------------------------------------------------------------

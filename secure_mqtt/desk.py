@@ -74,6 +74,11 @@ class Desk:
         """How many there are of what it keeps."""
         return {"netids": len(self.keyring), **(self.topics.counts if self.topics else {})}
 
+    def renew(self) -> None:
+        """Let the keeper's process connect anew, too."""
+        if self.topics:
+            self.topics.renew()
+
     def end(self) -> None:
         """Let the keeper's process end."""
         if self.topics:

@@ -142,6 +142,8 @@ class Responder:
         except ProgramError as error:
             event("unchanged", is_warning=True, reason=str(error), hint=error.hint)
             notify("READY=1")
+        else:
+            self._desk.renew()
 
     def _go_on(self, *others: Any) -> None:
         """Do what there is to do now, or comes in the next moment."""

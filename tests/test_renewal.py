@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -172,6 +173,26 @@ def test_a_renewed_certificate_for_tls_is_shown_to_the_broker_and_a_broken_one_i
         responder.wait_for("event=unchanged", times=count + 1)
         client = [f"--cert={own}/alice.crt", f"--key={own}/alice.key", f"--cafile={own}/ca.crt"]
         assert answers(broker.port, *client)
+    assert responder.stop() == 0
+    broker.kill()
+
+
+def test_a_keeper_shows_its_renewed_certificate_on_both_connections(
+    start_responder: Start, own: Path, tmp_path: Path
+) -> None:
+    broker = tls_broker(tmp_path, own)
+    log = tmp_path / f"mosquitto-{broker.port}.log"
+    files = [f"--cert={own}/responder.crt", f"--key={own}/responder.key", f"--cafile={own}/ca.crt"]
+    identity = [f"--identity={own}/responder.pem", f"--peer-ca={own}/ca.crt"]
+    keep = f"--keep={tmp_path}/topics.db"
+    responder = start_responder("-v", f"-p{broker.port}", keep, *files, *identity)
+    issue(own, "responder", subject="renewed", names=("responder",))
+    hang_up(responder)
+    wait_until(lambda: log.read_text().count("u'renewed'") == 2)
+    assert re.search(r"as responder\w{8}-keep .*u'renewed'", log.read_text())
+    (own / "responder.key").unlink()
+    hang_up(responder)
+    responder.wait_for("event=unchanged")
     assert responder.stop() == 0
     broker.kill()
 

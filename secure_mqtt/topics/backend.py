@@ -69,6 +69,7 @@ class Front:
         """Take what leads to it."""
         self.requests: deque[tuple[str, bytes]] = deque()  # the NetIDs that ask, and for what
         self.authority = b""  # who certifies members (PEM); empty: it has not been said yet
+        self.is_renewal = False  # whether to connect anew, with the files as they are now
         self.has_ended = False
         self._channel = channel
         self.fileno = channel.fileno  # for select(): it has said something
@@ -76,12 +77,13 @@ class Front:
     def receive(self) -> None:
         """Take what it has said, or that it has ended."""
         try:
-            authority, requests = receive(self._channel)
+            authority, requests, is_renewal = receive(self._channel)
         except (EOFError, OSError):
             self.has_ended = True
         else:
             self.authority = authority
             self.requests += requests
+            self.is_renewal |= is_renewal
 
     def tell(self, what: str, value: object = None) -> None:
         """Tell it something; it may have ended."""
@@ -117,17 +119,27 @@ class Backend:
         delays = backoff()
         while not self._front.has_ended:
             try:
-                own = for_connection(self._settings)
-                own.id += "-keep"  # 22 characters, unless we were given one
-                mqtt = PatientConnection(own)
-                with mqtt:
-                    mqtt.connect()
-                    self._begin(mqtt)
-                    delays = backoff()
-                    self._serve(mqtt)
+                following: PatientConnection | None = self._connected()
+                while following:
+                    with following:
+                        self._begin(following)
+                        delays = backoff()
+                        following = self._serve(following)
             except ProgramError as error:
                 self._front.tell(FAILED if error.is_final else LOST, error)
             self._serve_without(time.monotonic() + next(delays))
+
+    def _connected(self) -> PatientConnection:
+        """Return a new connection. ProgramError if there can be none."""
+        own = for_connection(self._settings)
+        own.id += "-keep"  # 22 characters, unless we were given one
+        mqtt = PatientConnection(own)
+        try:
+            mqtt.connect()
+        except ProgramError:
+            mqtt.close(is_orderly=False)
+            raise
+        return mqtt
 
     def _begin(self, mqtt: PatientConnection) -> None:
         """Subscribe to the topics whose messages are kept."""
@@ -144,8 +156,10 @@ class Backend:
             reason = "the broker refuses the subscription: its messages are not kept"
             event("refused", is_warning=True, topic=topic, reason=reason)
 
-    def _serve(self, mqtt: PatientConnection) -> None:
-        while not self._front.has_ended:
+    def _serve(self, mqtt: PatientConnection) -> PatientConnection | None:
+        """Go on until the end, or until there is another connection to go on with."""
+        following = None
+        while not self._front.has_ended and not following:
             self._answer(mqtt)
             self._keep(mqtt)
             self._rotate()
@@ -154,7 +168,19 @@ class Backend:
             is_busy = bool(self._front.requests) or (self._can_write and bool(self._messages))
             if self._front in mqtt.wait([self._front], is_busy):
                 self._front.receive()
+            if self._front.is_renewal:
+                following = self._renewed()
         mqtt.flush()
+        return following
+
+    def _renewed(self) -> PatientConnection | None:
+        """Return a new connection, with the files as they are now, if there can be one."""
+        self._front.is_renewal = False
+        try:
+            return self._connected()
+        except ProgramError as error:
+            event("unchanged", is_warning=True, reason=str(error), hint=error.hint)
+            return None
 
     def _serve_without(self, end: float) -> None:
         """Go on without a connection for a while: many requests need none."""

@@ -48,13 +48,16 @@ class KeeperProcess:
             raise ProgramError("no process for the keeper can be had", "the machine may be busy")
         self.receive()
 
-    def ask(self, authority: bytes, requests: list[tuple[str, bytes]]) -> None:
+    def ask(
+        self, authority: bytes, requests: list[tuple[str, bytes]], is_renewal: bool = False
+    ) -> None:
         """Pass requests on; not before all others are answered.
 
         :param authority: who certifies members (PEM)
         :param requests: the NetIDs that ask, and what they ask for
+        :param is_renewal: whether it is to connect anew, with its files as they are now
         """
-        passing = partial(self._pass, (authority, requests))
+        passing = partial(self._pass, (authority, requests, is_renewal))
         if sum(len(request) for _, request in requests) <= MAX_BATCH_SIZE:
             passing()
         else:  # the process may be busy, and no more waits in between than that
@@ -108,6 +111,7 @@ class Frontend:
         self.is_ready = False  # whether it is subscribed to the topics whose messages are kept
         self.counts: dict[str, int] = {}
         self._authority = b""
+        self._is_renewal = False  # whether to pass on that it is to connect anew
         self._keyring, self._turns, self._replies = keyring, labour.turns, replies
         self._next: list[Question] = []  # to be passed on
         self._asked: deque[Question] = deque()  # that were
@@ -123,6 +127,10 @@ class Frontend:
         if not self._authority:
             self.process.ask(authority, [])  # it waits for that before it connects
         self._authority = authority
+
+    def renew(self) -> None:
+        """Let the process connect anew, with its files as they are now."""
+        self._is_renewal = True
 
     def answer(self, message: Incoming) -> None:
         """Take a request, or let it wait. CryptoError if it is unusable."""
@@ -143,11 +151,12 @@ class Frontend:
 
     def go_on(self) -> None:
         """Pass on what has gathered, when all before is answered; then there is room for more."""
-        if self._asked or not self._next:
+        if self._asked or not (self._next or self._is_renewal):
             return
         self._asked, self._next = deque(self._next), []
         requests = [(each.message.netid, each.opened.text) for each in self._asked]
-        self.process.ask(self._authority, requests)
+        self.process.ask(self._authority, requests, self._is_renewal)
+        self._is_renewal = False
         released = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
         for netid in reversed(released):  # each goes in front of those before
             self._turns.release(netid, Hold.KEEPER)

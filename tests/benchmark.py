@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import keeping
 import paho.mqtt.client as paho
 from broker_side import issue, made
 from conftest import (
@@ -35,6 +36,7 @@ from conftest import (
     ROOT,
     SAFETY,
     Mosquitto,
+    Peer,
     ResponderProcess,
     free_port,
     processes_below,
@@ -51,6 +53,7 @@ from hostile import (
     publish,
     subscribe,
 )
+from members import KEEPER, TOPIC, Certified
 from paho.mqtt.enums import CallbackAPIVersion
 
 import crypto
@@ -72,6 +75,8 @@ from secure_mqtt.suites import (
     key_blocks,
     suite_of,
 )
+from secure_mqtt.topics.messages import SessionKey
+from secure_mqtt.topics.requests import ACTION, read_answer, write_request
 
 try:
     from gmpy2 import powmod
@@ -1221,6 +1226,103 @@ def measure_reliability(broker: Mosquitto, folder: Path) -> None:
     table("Requests, a fresh process each", [("sent", "not perfect"), ("500", f"{wrong}")])
 
 
+# --- the keeper of shared topics ---------------------------------------------------------------
+
+
+class Joiners(BareClient):
+    """Members that share one connection: each makes an exchange, and joins a topic to publish."""
+
+    def __init__(self, port: int, suite: str, members: Sequence[Certified]) -> None:
+        super().__init__(port, f"joiners-{suite}", "+/+/response")
+        self.seconds: list[float] = []  # of each member, from key to answer
+        self._suite, self.members = suite, members
+        self._exchanges: dict[str, Exchange] = {}
+        self._hellos: dict[str, bytes] = {}
+        self._started: dict[str, float] = {}
+        for member in self.members:
+            self.prepare(member, hello=True)
+
+    def prepare(self, member: Certified, hello: bool) -> None:
+        """Make what a member sends, ahead: it is not to be measured."""
+        name, identity = member.name, member.identity
+        authority = keeping.COURSE.authority
+        self._exchanges[name] = Exchange(name, self._suite, identity, authority, KEEPER)
+        if hello:
+            self._hellos[name] = SessionKey(identity, TOPIC, name, KEEPER).hello
+
+    def run(self, at_a_time: int) -> float:
+        """Let all members join, so many at a time; returns the seconds that all took."""
+        self.seconds.clear()
+        waiting = deque(self.members)
+        start = time.perf_counter()
+        for _ in range(min(at_a_time, len(self.members))):
+            self.begin(waiting.popleft())
+        while len(self.seconds) < len(self.members):
+            if self.go_on() and waiting:
+                self.begin(waiting.popleft())
+        return time.perf_counter() - start
+
+    def begin(self, member: Certified) -> None:
+        """Let a member ask for the keeper's key."""
+        self._started[member.name] = time.perf_counter()
+        asking = REQUEST.format(member.name, KEY_EXCHANGE)
+        self.publish(asking, self._exchanges[member.name].request())
+
+    def go_on(self) -> int:
+        """Take what comes; returns how many members have joined by that."""
+        joined = 0
+        for topic, payload in self.receive():
+            name, action, _ = topic.decode().split("/")
+            if action == KEY_EXCHANGE:
+                self._exchanges[name].agree(payload)
+                request = write_request("join", TOPIC, self._hellos[name])
+                asking = REQUEST.format(name, ACTION)
+                self.publish(asking, self._exchanges[name].seal(asking, request))
+            else:
+                _, answer = self._exchanges[name].open(topic.decode(), payload)
+                read_answer("join", answer)
+                self.seconds.append(time.perf_counter() - self._started.pop(name))
+                joined += 1
+        return joined
+
+
+def create_topic(port: int, members: Sequence[Certified]) -> None:
+    """Let alice create the topic for these members."""
+    peer = Peer(port, "alice/+/response")
+    alice = keeping.Member(peer, "alice").agree()
+    alice.ask("create", TOPIC, [member.name for member in members], 100)
+    peer.close()
+
+
+def processor_time(pid: int) -> float:
+    """Return the seconds of processor time that a process, and those below it, have taken."""
+    ticks = 0
+    for each in (pid, *processes_below(pid)):
+        fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # in user mode, and in the system
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure_joins(broker: Mosquitto, folder: Path) -> None:
+    """Measure how many members join a topic in a second of the keeper's processor time."""
+    rows: list[tuple[str, ...]] = [
+        ("suite", "joins", "per second of the keeper's processor time", "p50", "p99")
+    ]
+    for suite in ("x25519", "mlkem768x25519"):
+        options = keeping.keeper_options(folder / f"keeper-{suite}", broker.port)
+        with responding(broker, dict(os.environ), *options[1:]) as keeper:
+            members = [keeping.COURSE.member(f"m{number}") for number in range(1500)]
+            create_topic(broker.port, members)
+            clients = Joiners(broker.port, suite, members)
+            before = processor_time(keeper.process.pid)
+            clients.run(16)
+            taken = processor_time(keeper.process.pid) - before
+            clients.close()
+        count = len(clients.seconds)
+        rows.append((suite, f"{count}", f"{count / taken:.0f}/s", *percentiles(clients.seconds)))
+    table("Members that join a topic, exchange and verifications included", rows)
+
+
 PARTS = {
     "start": measure_start,
     "timeline": measure_timeline,
@@ -1234,6 +1336,7 @@ PARTS = {
     "exchanges": measure_exchanges,
     "lines": measure_lines,
     "signed": measure_signed,
+    "topics-joins": measure_joins,
 }
 DRAWN_PARTS = ("suites", "exchanges", "lines")
 

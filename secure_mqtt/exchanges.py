@@ -65,8 +65,7 @@ class Exchanges:
         if credentials.authority != self._credentials.authority:
             raise UnusableError("the authorities have changed meanwhile")
         if credentials.authority:
-            self._replays.check(message.payload)
-            self._replays.add(message.payload)
+            self._replays.add(self._replays.check(message.payload))
         self._replies.send(message, answer.response, suite)
         key = Key(message.netid, answer.cipher, answer.coming, answer.expires, suite)
         self._keyring.add(key)

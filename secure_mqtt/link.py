@@ -76,8 +76,8 @@ class Link:
         return len(self._connections) > 1 or bool(self._taken)
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> bool:
-        """Publish as Connection does."""
-        return self._connections[0].publish(topic, payload, retain)
+        """Publish as Connection does; False if there is none."""
+        return any(mqtt.publish(topic, payload, retain) for mqtt in self._connections[:1])
 
     def flush(self) -> None:
         """Wait until the broker has acknowledged all that was published."""

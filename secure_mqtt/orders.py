@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import time
 
@@ -37,8 +36,3 @@ class Orders:
         with contextlib.suppress(BlockingIOError):
             return bool(self._taking.recv(MAX_RENEWALS))
         return False
-
-    def wait(self, seconds: float) -> None:
-        """Wait for an order, but not for longer than some seconds; then it counts as taken."""
-        select.select([self], [], [], seconds)
-        self.take_renewal()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Callable
 from typing import Any
@@ -57,26 +58,39 @@ class Responder:
 
         :raises ProgramError: the broker refuses for good, or a process was lost
         """
+        try:
+            self._stay_connected()
+        except WorkerError:
+            hint = "start the responder again; the machine may be short of memory"
+            raise ProgramError("a process of the responder was ended", hint) from None
+        self._desk.end()
+        event("stopped")
+
+    def _stay_connected(self) -> None:
         delays = backoff()
         while not self._orders.is_stopped:
             try:
                 self._connect()
                 delays = backoff()
                 self._serve()
-            except WorkerError:
-                hint = "start the responder again; the machine may be short of memory"
-                raise ProgramError("a process of the responder was ended", hint) from None
             except ProgramError as error:
                 if error.is_final:
                     raise
                 self._reports.disconnected(error)
                 self._limit.connection_lost(self._link.close(is_orderly=False))
             self._is_connected = False
-            if not self._orders.is_stopped:
-                notify("WATCHDOG=1")
-                self._orders.wait(next(delays))
-        self._desk.end()
-        event("stopped")
+            self._pause(time.monotonic() + next(delays))
+
+    def _pause(self, end: float) -> None:
+        """Wait, while no process of ours has to wait for us, or until an order comes."""
+        notify("WATCHDOG=1")
+        is_ordered = self._orders.is_stopped
+        while not is_ordered and (rest := end - time.monotonic()) > 0:
+            ready = select.select([self._orders, *self._desk.processes], [], [], rest)[0]
+            is_ordered = self._orders in ready
+            for process in ready[is_ordered:]:
+                self._desk.take_result(process)
+        self._orders.take_renewal()  # it is about to connect
 
     def stop(self) -> None:
         """Make run() finish what is being answered and return; safe in a signal handler."""

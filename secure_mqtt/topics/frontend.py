@@ -126,6 +126,8 @@ class Frontend:
         """Take it from now on that this authority (PEM) certifies members."""
         if not self._authority:
             self.process.ask(authority, [])  # it waits for that before it connects
+        elif authority != self._authority:
+            self._next.clear()  # what came under the keys of the one before
         self._authority = authority
 
     def renew(self) -> None:
@@ -151,12 +153,13 @@ class Frontend:
 
     def go_on(self) -> None:
         """Pass on what has gathered, when all before is answered; then there is room for more."""
-        if self._asked or not (self._next or self._is_renewal):
+        if self._asked:
             return
-        self._asked, self._next = deque(self._next), []
-        requests = [(each.message.netid, each.opened.text) for each in self._asked]
-        self.process.ask(self._authority, requests, self._is_renewal)
-        self._is_renewal = False
+        if self._next or self._is_renewal:
+            self._asked, self._next = deque(self._next), []
+            requests = [(each.message.netid, each.opened.text) for each in self._asked]
+            self.process.ask(self._authority, requests, self._is_renewal)
+            self._is_renewal = False
         released = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
         for netid in reversed(released):  # each goes in front of those before
             self._turns.release(netid, Hold.KEEPER)

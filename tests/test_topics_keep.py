@@ -381,7 +381,7 @@ def test_a_keeper_that_is_stopped_finishes_what_is_under_way(site: Site, how: in
     site.keeper.wait_for('answered netid="alice" action="topic"')
     processes = processes_below(site.keeper.process.pid)
     assert site.keeper.stop(how) == 0
-    assert not any(map(is_running, processes))
+    wait_until(lambda: not any(map(is_running, processes)))
     assert not Path(f"{site.file}-wal").exists()  # it was closed
     answering = "alice/topic/response"
     alice.peer.publish(answering, b"the end")

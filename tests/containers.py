@@ -71,12 +71,20 @@ def engine() -> Iterator[list[str]]:
     """
     with ExitStack() as stack:
         if not has_engine():
-            if os.geteuid() != 0 or not Path("/etc/debian_version").exists():
+            if os.geteuid() != 0 or not is_debian():
                 raise EngineError("no container engine answers, and only root on Debian starts one")
             install()
+            if not shutil.which("docker"):
+                raise EngineError("Debian's docker.io brings no docker here")
             if not has_engine():  # which an installation may have started
                 stack.enter_context(own_engine())
         yield compose()
+
+
+def is_debian() -> bool:
+    """Tell whether this is Debian itself: others' tools do not know its keys."""
+    path = Path("/etc/os-release")
+    return path.exists() and "ID=debian" in path.read_text().splitlines()
 
 
 def install() -> None:
@@ -100,7 +108,9 @@ def own_engine() -> Iterator[None]:
         os.environ["DOCKER_HOST"] = f"unix://{folder}/socket"
         try:
             wait_until(lambda: has_engine() or process.poll() is not None)
-            assert process.poll() is None, (folder / "log").read_text()
+            if process.poll() is not None:
+                last = (folder / "log").read_text().splitlines()[-1]
+                raise EngineError(f"no container engine answers, and none can be started: {last}")
             make_base(folder / "root")
             yield
         finally:

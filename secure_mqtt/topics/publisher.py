@@ -130,6 +130,15 @@ class Window:
         self._sent -= 1
 
 
+def check_size(size: int) -> None:
+    """Raise ProgramError for a message of so many bytes if that is too large."""
+    if size > MAX_DATA_SIZE:
+        raise ProgramError(
+            f"a message of {size} bytes is too large for a topic",
+            f"it can have {MAX_DATA_SIZE}",
+        )
+
+
 class Publisher:
     """What one session publishes on one topic."""
 
@@ -166,11 +175,7 @@ class Publisher:
         :param time: now, in milliseconds since 1970, UTC
         :raises ProgramError: it is too large
         """
-        if len(data) > MAX_DATA_SIZE:
-            raise ProgramError(
-                f"a message of {len(data)} bytes is too large for a topic",
-                f"it can have {MAX_DATA_SIZE}",
-            )
+        check_size(len(data))
         self._window.add(time, data)
 
     def send(self, publish: Publish) -> None:

@@ -17,15 +17,12 @@ from secure_mqtt.topics.messages import (
     MAX_DATA_SIZE,
     MAX_EPOCH,
     MAX_HELLO_SIZE,
-    MEMBER,
     OVERHEAD,
     SESSION_SIZE,
-    is_topic,
 )
+from secure_mqtt.topics.names import ACTION as ACTION
+from secure_mqtt.topics.names import MAX_HISTORY, MAX_MEMBERS, MEMBER, is_topic
 
-ACTION = "topic"  # in the names of the exchange's topics
-MAX_MEMBERS = 10_000  # of a topic
-MAX_HISTORY = 100_000  # messages of a topic that are kept
 MAX_COUNTERS = 1_000  # in an answer: each member of a large topic asks for them
 MAX_REQUEST_SIZE = 2**20  # bytes: 10,000 members have 670,000
 MAX_ANSWER_SIZE = 2**21  # bytes: a message of 1 MiB has 1.4 million in base64

@@ -8,7 +8,7 @@ import select
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -209,14 +209,24 @@ class Connection:
 
     def subscribe(self, *topics: str) -> None:
         """Subscribe at QoS 1, in one packet; wait for the SUBACK. ProgramError for a refusal."""
+        if refused := self.refused(*topics):
+            raise refused_topics(self._settings, refused)
+        tell(self._settings, "SUBACK for %s", " and ".join(topics))
+
+    def refused(self, *topics: str) -> Sequence[str]:
+        """Do as subscribe() does, but return which topics the broker has refused."""
+        self._granted = None
         self._client.subscribe([(topic, QOS) for topic in topics])
         while self._granted is None:
             self.wait()
-        if self._granted != [QOS] * len(topics):
-            codes = zip(topics, self._granted, strict=False)
-            refused = [topic for topic, code in codes if code != QOS] or topics
-            raise refused_topics(self._settings, refused)
-        tell(self._settings, "SUBACK for %s", " and ".join(topics))
+        if self._granted == [QOS] * len(topics):
+            return []
+        codes = zip(topics, self._granted, strict=False)
+        return [topic for topic, code in codes if code != QOS] or topics
+
+    def unsubscribe(self, topic: str) -> None:
+        """Let the broker send nothing more of a topic; what is under way still comes."""
+        self._client.unsubscribe(topic)
 
     def publish(
         self,
@@ -315,6 +325,18 @@ class Connection:
         if message.qos:
             self._network.owed.append(message.mid)
         self.inbox.put(Message(message.topic, bytes(message.payload), message.retain))
+
+
+class PatientConnection(Connection):
+    """A connection whose messages are acknowledged when that is said, and not before."""
+
+    def acknowledge(self, messages: Iterable[Message]) -> None:
+        """Acknowledge messages: they need never come again."""
+        self._network.owed += [message.mid for message in messages if message.mid]
+
+    def _on_message(self, client: object, userdata: object, message: Any) -> None:
+        content = message.topic, bytes(message.payload)
+        self.inbox.put(Message(*content, message.retain, message.mid if message.qos else 0))
 
 
 @functools.cache

@@ -388,3 +388,12 @@ class Store:
         self.epochs = Epochs(self.database)
         self.sessions = Sessions(self.database)
         self.messages = Messages(self.database)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many topics, members and kept messages there are."""
+        value = self.database.value
+        return {
+            "topics": self.topics.count(),
+            "members": int(value("SELECT count(*) FROM members")),
+            "messages": int(value("SELECT coalesce(sum(newest - oldest + 1), 0) FROM topics")),
+        }

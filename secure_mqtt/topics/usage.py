@@ -29,6 +29,8 @@ OPTIONS = {
     "count": ("subscribe",),
     "lines": ("publish",),
     "status_topic": (),
+    "keep": (),
+    "rotate": (),
     "local": (),
 }
 

@@ -57,6 +57,11 @@ class Member:
 
     def timed_out(self) -> ProgramError:
         """Return the error for a member whose time is over while it is connected."""
+        if self._enquiries.has_answered:
+            within = f"within {self._settings.timeout:g} s"
+            return ProgramError(
+                f"the broker has not acknowledged all messages {within}", "look at its log"
+            )
         return timed_out(self._mqtt, self._settings)
 
     @property
@@ -175,7 +180,7 @@ class PublishingMember(Member):
 
 
 class SubscribingMember(Member):
-    """Subscribes to topics."""
+    """Subscribes to topics, and shows their messages."""
 
     def __init__(
         self, settings: Settings, enquiries: Enquiries, parts: list[Subscription], notes: Notes
@@ -189,6 +194,12 @@ class SubscribingMember(Member):
         self._format = in_json if settings.json else plain
         self._left = settings.count or NEVER  # messages to show
 
+    def timed_out(self) -> ProgramError:
+        """Return the error for a time without messages."""
+        if not self._enquiries.has_answered:
+            return super().timed_out()
+        return ProgramError(f"no message came within {self._settings.timeout:g} s")
+
     def _is_done(self) -> bool:
         return not (self._left or self._output)
 
@@ -196,9 +207,9 @@ class SubscribingMember(Member):
         super()._go_on()
         for part in self._subscribed.values():
             part.show(self._show)
-        self.is_printing = len(self._output) > 0
         if self._output and select.select([], [self._output], [], 0)[1]:
             self._output.write()
+        self.is_printing = len(self._output) > 0
         self._mqtt.pause(not self._output.has_room())
         self._notes.dropped(self._mqtt.inbox.take_dropped())
         if time.monotonic() >= self._notes.next_time():

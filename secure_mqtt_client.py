@@ -48,6 +48,12 @@ HELP = """\
 usage: secure_mqtt_client.py [options] NETID ACTION MESSAGE
        secure_mqtt_client.py [options] --lines NETID ACTION -
        secure_mqtt_client.py [options] --respond [NETID]
+       secure_mqtt_client.py [options] NETID create TOPIC [MEMBER...]
+       secure_mqtt_client.py [options] NETID admit|remove TOPIC MEMBER...
+       secure_mqtt_client.py [options] NETID publish TOPIC MESSAGE
+       secure_mqtt_client.py [options] --lines NETID publish TOPIC -
+       secure_mqtt_client.py [options] NETID subscribe TOPIC...
+       secure_mqtt_client.py [options] NETID topics|shell
 
 Send a text over MQTT to a responder that transforms it, and print the answer.
 The text is encrypted from end to end: no broker that reads along learns it.
@@ -80,12 +86,33 @@ responder:
   --rotate SECONDS       with --keep: renew the key of each topic so often
                          (default: 3600)
 
+topics that many share; a responder with --keep hands their keys to members:
+(needs --identity and --peer-ca; --suite is mlkem768x25519 (default) or x25519)
+  create TOPIC           make one, for NETID and the MEMBERs, who are NetIDs
+  admit, remove          let MEMBERs in, or keep them out; for its owner only
+  topics                 list those that NETID is a member of: name, owner and
+                         members, with tabs between these
+  publish TOPIC          send MESSAGE, any bytes, to all members; with --lines
+                         each line as soon as it is read, as long as there are
+                         any; -W is the time without progress (default with
+                         --lines: for ever)
+  subscribe TOPIC        print what members publish, the earlier messages first,
+                         until SIGINT or SIGTERM; -W is the time without any
+                         (default: for ever)
+  shell                  do all this by commands from standard input
+  --history COUNT        for create: how many messages are kept for who comes
+                         later (default: 100; 0: none); for subscribe: how many
+                         of those to print (default: all)
+  --json                 for subscribe: print each message as an object in JSON,
+                         with its time, topic and sender
+  -C, --count COUNT      for subscribe: end after so many messages
+
 broker:
   -h, --host HOST        (lab) its name or address (default: localhost)
   -p, --port PORT        (lab) its TCP port (default: 1884, with TLS 8883)
   -i, --id ID            our MQTT client ID (default: NETID, as in the lab; with
-                         --cert or --username NETID, a hyphen and 16 random
-                         digits; for a responder a random one)
+                         --cert or --username, and for topics, NETID, a hyphen
+                         and 16 random digits; for a responder a random one)
   -u, --username NAME    log in under this name (default: MQTT_USERNAME in the
                          environment)
   --password-file FILE   take the password from FILE, or with - ask for it at
@@ -121,8 +148,9 @@ other:
   --version              print the version
 
 exit status:
-  0 the answer was printed whole; 1 it was not; 2 wrong usage; 130 Ctrl-C;
-  a responder that SIGINT or SIGTERM stops ends with 0
+  0 the answer was printed whole, or what was asked for was done; 1 it was not;
+  2 wrong usage; 130 Ctrl-C; responder and subscribe end with 0 when SIGINT or
+  SIGTERM stops them
 
 It needs Python 3.10 or newer, on Linux or macOS.
 

@@ -6,7 +6,7 @@ import time
 from typing import Protocol
 
 from secure_mqtt.calls import timed_out
-from secure_mqtt.connection import Connection, backoff
+from secure_mqtt.connection import LAST_DELAY, Connection, backoff
 from secure_mqtt.errors import ProgramError
 from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK
 from secure_mqtt.log import log
@@ -28,8 +28,12 @@ class Patience:
         """Count the time from now on: an answer has come, or the first of some lines."""
         self.began = self._tried = time.monotonic()
         self._seconds = self._first_seconds
-        self._delays = backoff()
+        self.restart()
         self.losses = 0  # of the connection, with a large line on its way
+
+    def restart(self) -> None:
+        """Begin with short delays: the connection was good."""
+        self._delays = backoff()
 
     def note_try(self) -> None:
         """Count the time until it is tried again from now on."""
@@ -93,6 +97,8 @@ class Session:
         self._mqtt = Connection(settings)
         self._has_connected = settings.is_patient
         self._setback: ProgramError | None = None  # why it is not connected any more
+        self._has_told = False  # of that
+        self._connected_at = float("inf")  # of time.monotonic()
 
     def end(self) -> float:
         """Return when it is to be given up; never while there is nothing to wait for."""
@@ -113,10 +119,18 @@ class Session:
     def run(self) -> None:
         """Say all that is to be said. ProgramError if that can't be done."""
         while reason := self._try():
-            log().info("connecting again: %s", reason)
+            self._tell(reason)
             self._dialogue.interrupt()
             self._mqtt = Connection(self._settings)
             time.sleep(self._dialogue.patience.delay())
+
+    def _tell(self, reason: Exception) -> None:
+        """Log why it is not connected; where nobody else would say so, once an outage aloud."""
+        tell = log().warning if self._settings.is_patient and not self._has_told else log().info
+        tell("connecting again: %s", reason)
+        self._has_told = True
+        if time.monotonic() - self._connected_at >= LAST_DELAY:
+            self._dialogue.patience.restart()
 
     def _try(self) -> Exception | None:
         """Do it over one connection. The result is why another one is needed, if so."""
@@ -135,7 +149,8 @@ class Session:
     def _connect(self) -> None:
         self._mqtt.connect()
         self._mqtt.subscribe(*self._dialogue.subscriptions)
-        self._has_connected = True
+        self._has_connected, self._has_told = True, False
+        self._connected_at = time.monotonic()
         self._setback = None
 
     def _stall(self) -> ProgramError:

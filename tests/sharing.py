@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from conftest import PROGRAM, SAFETY, Mosquitto, ResponderProcess, Run, run, wait_until
+from issuing import pem
 from keeping import COURSE, keeper_options, private_pem
 from members import Certifier
 
@@ -18,19 +19,24 @@ from members import Certifier
 class Process:
     """A member that runs on; what it writes is read all the time, unless a test says otherwise."""
 
-    def __init__(self, command: list[str], reads: bool = True, env: dict[str, str] | None = None):
+    def __init__(
+        self, command: list[str], reads: bool = True, env: dict[str, str] | None = None
+    ) -> None:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=env)
         self.lines: list[bytes] = []
         self.notes: list[str] = []
         self._threads = [threading.Thread(target=self._read_notes, daemon=True)]
+        self._threads[0].start()
         if reads:
-            self._threads.append(threading.Thread(target=self.read, daemon=True))
-        for thread in self._threads:
-            thread.start()
+            self.read_on()
 
-    def read(self) -> None:
-        """Read standard output to its end."""
+    def read_on(self) -> None:
+        """Begin to read standard output."""
+        self._threads.append(threading.Thread(target=self._read, daemon=True))
+        self._threads[-1].start()
+
+    def _read(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
             self.lines.append(line)
@@ -95,6 +101,32 @@ class Process:
                     stream.close()
 
 
+def member_arguments(
+    folder: Path, port: int, certifier: Certifier, name: str, *arguments: str | bytes
+) -> list[str | bytes]:
+    """Return the arguments for a member's command, whose files are written where they lack."""
+    identity, ca = folder / f"{name}.pem", folder / "ca.pem"
+    if not identity.exists():
+        identity.touch(0o600)
+        identity.write_bytes(private_pem(certifier.member(name)))
+    ca.write_bytes(pem(certifier.certificate))
+    proof = "--identity", str(identity), "--peer-ca", str(ca)
+    return ["-p", str(port), *proof, name, *arguments]
+
+
+def member_process(
+    folder: Path,
+    port: int,
+    name: str,
+    *arguments: str,
+    reads: bool = True,
+    certifier: Certifier = COURSE,
+) -> Process:
+    """Start a member's command."""
+    words = member_arguments(folder, port, certifier, name, *arguments)
+    return Process([sys.executable, str(PROGRAM), *map(str, words)], reads)
+
+
 class Club:
     """A keeper at a broker, and members with identities."""
 
@@ -118,15 +150,7 @@ class Club:
 
     def arguments(self, name: str, *arguments: str | bytes) -> list[str | bytes]:
         """Return the arguments for a member's command."""
-        identity = self.folder / f"{name}.pem"
-        if not identity.exists():
-            identity.touch(0o600)
-            identity.write_bytes(private_pem(self.certifier.member(name)))
-        ca = str(self.folder / "ca.pem")
-        return [
-            *("-p", str(self.broker.port), "--identity", str(identity), "--peer-ca", ca),
-            *(name, *arguments),
-        ]
+        return member_arguments(self.folder, self.broker.port, self.certifier, name, *arguments)
 
     def run(self, name: str, *arguments: str | bytes, stdin: bytes | None = None) -> Run:
         """Run a member's command to its end."""
@@ -140,8 +164,9 @@ class Club:
 
     def start(self, name: str, *arguments: str, reads: bool = True) -> Process:
         """Start a member's command."""
-        command = [sys.executable, str(PROGRAM), *map(str, self.arguments(name, *arguments))]
-        self._started.append(Process(command, reads))
+        who = self.folder, self.broker.port, name
+        started = member_process(*who, *arguments, reads=reads, certifier=self.certifier)
+        self._started.append(started)
         return self._started[-1]
 
     def subscribe(self, name: str, *arguments: str, reads: bool = True) -> Process:

@@ -13,6 +13,7 @@ from secure_mqtt.errors import ProgramError
 from secure_mqtt.faults import LARGE_MESSAGE
 from secure_mqtt.lasting import Patience
 from secure_mqtt.lines import InputLines
+from secure_mqtt.log import log
 from secure_mqtt.mailboxes import Message
 from secure_mqtt.session import NUMBERED
 from secure_mqtt.settings import Settings
@@ -20,7 +21,7 @@ from secure_mqtt.topics.commands import refusal
 from secure_mqtt.topics.enquiries import Enquiries
 from secure_mqtt.topics.keys import NEVER
 from secure_mqtt.topics.order import Received
-from secure_mqtt.topics.output import Notes, Output, in_json, plain
+from secure_mqtt.topics.output import Notes, Output, counted, in_json, plain
 from secure_mqtt.topics.parts import Publication, Subscription, clock
 
 STOPPING_TIME = 2.0  # seconds to take leave of the broker
@@ -160,7 +161,10 @@ class PublishingMember(Member):
         return self._publication.is_done
 
     def _is_done(self) -> bool:
-        return self._publication.is_done and not (self._lines and not self._lines.has_ended)
+        if not self._publication.is_done:
+            return False
+        # The broker has all. A single message need not wait for the keeper as well.
+        return not self._lines or (self._lines.has_ended and self._publication.is_settled())
 
     def _things(self) -> tuple[list[Any], list[Any]]:
         lines = self._lines
@@ -174,7 +178,10 @@ class PublishingMember(Member):
             self._publication.add(line)
 
     def check(self) -> None:
-        """Raise ProgramError if standard input has ended before its time."""
+        """Say what the keeper may lack; raise ProgramError for an input that ended too early."""
+        if self._lines and (count := self._publication.unkept):
+            topic = self._publication.topic
+            log().warning(f"the keeper may not have kept the last {counted(count)} on {topic}")
         if self._lines and self._lines.fault:
             raise self._lines.fault
 

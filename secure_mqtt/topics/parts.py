@@ -45,6 +45,15 @@ class Publication:
         """Whether the broker has acknowledged all."""
         return self._publisher.is_done
 
+    @property
+    def unkept(self) -> int:
+        """How many messages the keeper may lack."""
+        return self._publisher.unkept
+
+    def is_settled(self) -> bool:
+        """Do as Publisher.is_settled() does."""
+        return self._publisher.is_settled()
+
     def has_room(self) -> bool:
         """Tell whether another message may be added."""
         return self._publisher.has_room()

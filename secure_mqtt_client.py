@@ -291,11 +291,11 @@ def run_member(settings: "Settings") -> None:
 
     member = new_member(settings)
     session = Session(settings, member)
-    if settings.command == "subscribe":
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: member.stop())
+    for number in STOP_SIGNALS if settings.command == "subscribe" else ():
+        signal.signal(number, lambda *_: member.stop())
     try:
-        supervise(session.run, lambda: min(session.end(), member.stops_at))
+        with member.surroundings():
+            supervise(session.run, lambda: min(session.end(), member.stops_at))
         member.check()
     except TimeoutError:
         if not member.is_stopped:

@@ -34,22 +34,32 @@ from secure_mqtt.topics.requests import (
     RequestError,
     read_answer,
 )
-from secure_mqtt.topics.subscriber import Ask
 
 MAX_PATIENCE = 30.0  # seconds without an answer until all is asked again
 MAX_SENT = 64  # questions on their way
 
 
-class Asker(Protocol):
-    """Who wants to know something of the keeper."""
+class Question(Protocol):
+    """What the keeper is asked, or told to do."""
 
-    def answered(self, ask: Ask, answer: Any) -> None:
+    @property
+    def do(self) -> str:
+        """What it has to do, as in the request."""
+
+    def __bytes__(self) -> bytes:
+        """Return the request."""
+
+
+class Asker(Protocol):
+    """Who wants to know something of the keeper; each question is one of his own."""
+
+    def answered(self, ask: Any, answer: Any, /) -> None:
         """Take the answer, as read_answer() returns it."""
 
-    def refused(self, ask: Ask, words: str) -> None:
+    def refused(self, ask: Any, words: str, /) -> None:
         """Note that the keeper does not do that; words: its own."""
 
-    def failed(self, ask: Ask) -> None:
+    def failed(self, ask: Any, /) -> None:
         """Note that no answer will come."""
 
 
@@ -57,7 +67,7 @@ class Enquiry(NamedTuple):
     """A question, and whose it is."""
 
     asker: Asker
-    ask: Ask
+    ask: Question
 
 
 class Enquiries:
@@ -84,7 +94,7 @@ class Enquiries:
         """Whether no answer is waited for."""
         return not (self._waiting or self._sent)
 
-    def ask(self, asker: Asker, ask: Ask) -> None:
+    def ask(self, asker: Asker, ask: Question) -> None:
         """Ask something; the answer is the asker's."""
         now = time.monotonic()
         if self.is_idle:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import select
 import socket
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from secure_mqtt.calls import timed_out
@@ -37,7 +39,8 @@ class Member:
         self._stopping, self._stop = socket.socketpair()
         self.stops_at = NEVER  # of time.monotonic(): then it is to be left as it is
         self._parts: list[Publication | Subscription] = []
-        timeout = NEVER if settings.is_patient else settings.timeout
+        is_patient = settings.is_patient or settings.command == "shell"
+        timeout = NEVER if is_patient else settings.timeout
         self.patience = Patience(NUMBERED.patience, timeout)
         self.is_printing = False
 
@@ -70,6 +73,10 @@ class Member:
         """Whether stop() was called."""
         return self.stops_at != NEVER
 
+    def surroundings(self) -> AbstractContextManager[None]:
+        """Return what shall be around run()."""
+        return nullcontext()
+
     def check(self) -> None:
         """Raise ProgramError if something is wrong with what was done."""
 
@@ -86,16 +93,18 @@ class Member:
 
     def interrupt(self) -> None:
         """Prepare for another connection."""
+        if self.is_idle:
+            self.patience.began = time.monotonic()
         self._enquiries.interrupt()
         for part in self._parts:
             part.interrupted()
 
     def _go_on(self) -> None:
         """Do what there is to do now, or comes in the next moment."""
-        for part in self._parts:
+        for part in [*self._parts]:
             part.go_on(self._mqtt, self._enquiries)
             if part.refusal:
-                raise refusal(self._settings, part.refusal, part.topic)
+                self._refuse(part)
         self._enquiries.go_on(self._mqtt)
         inputs, outputs = self._things()
         for ready in self._mqtt.wait([self._stopping, *inputs], False, self._pause(), outputs):
@@ -105,6 +114,10 @@ class Member:
         inbox = self._mqtt.inbox
         while inbox and self._has_room():
             self._take(inbox.take())
+
+    def _refuse(self, part: Publication | Subscription) -> None:
+        """Take that the keeper does not let us do something on a topic."""
+        raise refusal(self._settings, part.refusal, part.topic)
 
     def _pause(self) -> float:
         """Return for how many seconds there is nothing to do unless something comes."""
@@ -198,6 +211,7 @@ class SubscribingMember(Member):
         self._subscribed = {part.topic: part for part in parts}
         self._notes = notes
         self._output = Output()
+        self._format: Callable[[Received], bytes]
         self._format = in_json if settings.json else plain
         self._left = settings.count or NEVER  # messages to show
 
@@ -220,7 +234,10 @@ class SubscribingMember(Member):
         self._mqtt.pause(not self._output.has_room())
         self._notes.dropped(self._mqtt.inbox.take_dropped())
         if time.monotonic() >= self._notes.next_time():
-            self._notes.say()
+            self._say_notes()
+
+    def _say_notes(self) -> None:
+        self._notes.say()
 
     def _things(self) -> tuple[list[Any], list[Any]]:
         return [], [self._output] if self._output else []

@@ -27,7 +27,7 @@ class Output:
     def __init__(self) -> None:
         if sys.stdout is None:
             raise ProgramError("cannot write to standard output: it is closed", is_final=True)
-        self._is_terminal = sys.stdout.isatty()
+        self.is_terminal = sys.stdout.isatty()
         self._pending = bytearray()
 
     def __len__(self) -> int:
@@ -41,11 +41,24 @@ class Output:
         """Tell whether more shall be put into it."""
         return len(self._pending) < MAX_PENDING
 
+    def put_raw(self, data: bytes) -> None:
+        """Do as put() does, for what the terminal shall obey."""
+        self._pending += data
+
+    def flush(self) -> None:
+        """Write all, however long that takes."""
+        while self._pending:
+            self.write()
+
     def put(self, data: bytes) -> None:
         """Write something as soon as that can be done."""
-        if self._is_terminal:
-            data = visible(data.decode(errors="backslashreplace")).encode()
-        self._pending += data
+        self._pending += self.shown(data)
+
+    def shown(self, data: bytes) -> bytes:
+        """Return something as it is written: on a terminal with its controls escaped."""
+        if not self.is_terminal:
+            return data
+        return visible(data.decode(errors="backslashreplace")).encode()
 
     def write(self) -> None:
         """Write a part, when select() says so. ProgramError if that fails."""
@@ -55,6 +68,11 @@ class Output:
             problem = f"cannot write to standard output: {error.strerror}"
             raise ProgramError(problem, is_final=True) from None
         del self._pending[:count]
+
+
+def for_people(message: Received) -> bytes:
+    """Return a message after its topic and sender, and a newline."""
+    return f"{message.topic} {message.sender}: ".encode() + message.data + b"\n"
 
 
 def plain(message: Received) -> bytes:

@@ -114,6 +114,10 @@ class Subscription:
         self.answered = self._subscriber.answered
         self.failed = self._subscriber.failed
 
+    def has_begun(self) -> bool:
+        """Tell whether all is taken that was published before."""
+        return not self._subscriber.feed.is_held
+
     def has_room(self) -> bool:
         """Tell whether more messages may be taken."""
         return len(self._subscriber.order.received) < MAX_UNSHOWN

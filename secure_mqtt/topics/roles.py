@@ -17,6 +17,7 @@ from secure_mqtt.topics.messages import MAX_DATA_SIZE
 from secure_mqtt.topics.output import Notes
 from secure_mqtt.topics.parts import Publication, Subscription
 from secure_mqtt.topics.publisher import check_size
+from secure_mqtt.topics.shell import Shell
 
 
 def new_member(settings: Settings) -> Member:
@@ -30,6 +31,8 @@ def new_member(settings: Settings) -> Member:
     enquiries = Enquiries(settings, partial(Exchange, *arguments))
     if settings.command == "publish":
         return new_publisher(settings, enquiries, identity)
+    if settings.command == "shell":
+        return Shell(settings, enquiries, identity, authority)
     notes = Notes()
     parts = [Subscription(settings, authority, topic, notes) for topic in settings.topics]
     return SubscribingMember(settings, enquiries, parts, notes)

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 from secure_mqtt.errors import UsageError
 from secure_mqtt.settings import Settings
-from secure_mqtt.streams import is_utf8
 from secure_mqtt.topics.names import ACTION, MAX_MEMBERS, MAX_TOPIC_SIZE, MEMBER, is_topic
 
 HISTORY = 100  # messages of a new topic that are kept, unless another number is given
 SUITES = "x25519", "mlkem768x25519"  # that a keeper answers in
 # What follows each command's name, how many words there may be, and how many must.
-WORDS = {
+WORDS: dict[str, tuple[str, int, float]] = {
     "create": ("TOPIC [MEMBER...]", 1, MAX_MEMBERS),
     "admit": ("TOPIC MEMBER...", 2, MAX_MEMBERS),
     "remove": ("TOPIC MEMBER...", 2, MAX_MEMBERS),
@@ -21,6 +20,7 @@ WORDS = {
     "publish": ("TOPIC MESSAGE; quote MESSAGE", 2, 2),
     "subscribe": ("TOPIC...", 1, MAX_MEMBERS),
     "shell": ("nothing more", 0, 0),
+    "unsubscribe": ("TOPIC", 1, 1),  # in a shell, where subscribe takes no more than that
 }
 # Which commands an option is for.
 OPTIONS = {
@@ -67,21 +67,24 @@ def take_command(settings: Settings, command: str, words: Sequence[str]) -> None
         *words, message = words
         settings.message = None if message == "-" else os.fsencode(message)
     topics = words if command == "subscribe" else words[:1]
-    settings.topics = [*dict.fromkeys(map(checked_topic, topics))]
+    settings.topics = [*dict.fromkeys(checked_topic(as_utf8(topic)) for topic in topics)]
     settings.members = [checked_member(name) for name in words[1:] if command != "subscribe"]
     if command == "create" and settings.history is None:
         settings.history = HISTORY
-    settings.is_patient = settings.lines or command in ("subscribe", "shell")
+    settings.is_patient = settings.lines or command == "subscribe"
 
 
-def checked_topic(text: str) -> str:
-    """Return a topic, as typed in any locale. UsageError if it can't be shared."""
-    data = os.fsencode(text)
-    topic = data.decode() if is_utf8(data) else ""
+def as_utf8(argument: str) -> str:
+    """Return an argument as typed, in any locale; what is not UTF-8 becomes surrogates."""
+    return os.fsencode(argument).decode(errors="surrogateescape")
+
+
+def checked_topic(topic: str) -> str:
+    """Return a topic. UsageError if it can't be shared."""
     if not is_topic(topic):
         raise UsageError(
             f"TOPIC must be UTF-8 text of 1 to {MAX_TOPIC_SIZE} bytes without + # and controls, $"
-            f" in front, /request and /response at the end; not {text[:80]!r}"
+            f" in front, /request and /response at the end; not {topic[:80]!r}"
         )
     return topic
 

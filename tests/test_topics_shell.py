@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
 import sys
 import time
 from collections.abc import Iterator
@@ -106,7 +107,8 @@ class AtTerminal:
         """Wait until it has shown something; what came before is forgotten."""
         end = time.monotonic() + SAFETY
         while text.encode() not in self.screen:
-            assert time.monotonic() < end, self.screen
+            readable, _, _ = select.select([self._terminal], [], [], end - time.monotonic())
+            assert readable, self.screen
             self.screen += os.read(self._terminal, 4096)
         self.screen = self.screen.partition(text.encode())[2]
 

@@ -112,7 +112,8 @@ class Shell(SubscribingMember):
         super()._go_on()
         if self._attempt(self._has_finished):
             self._has_finished = always
-        while self.is_idle and (line := self._source.ask()) is not None:
+        # What was shown before must be on the screen when there is a prompt below it.
+        while self.is_idle and not self._output and (line := self._source.ask()) is not None:
             self._attempt(partial(self._do, line))
 
     def _things(self) -> tuple[list[Any], list[Any]]:

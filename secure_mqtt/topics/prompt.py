@@ -63,15 +63,16 @@ class Terminal:
         self._socket, self._theirs = socket.socketpair()
         self.fileno = self._socket.fileno
         self._is_wanted = threading.Event()
-        self._is_typing = False
+        self._is_asked = self._is_typing = False
         self._line: bytes | None = None
         threading.Thread(target=self._type, daemon=True).start()
 
     def ask(self) -> bytes | None:
         """Do as Pipe.ask() does; let a command be typed if there is none."""
         line, self._line = self._line, None
-        if line is None:
+        if line is None and not self._is_asked:
             self._is_wanted.set()
+        self._is_asked = line is None
         return line
 
     def read(self) -> None:

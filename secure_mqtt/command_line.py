@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from secure_mqtt.actions import ACTIONS, COMMANDS, NETID
 from secure_mqtt.errors import UsageError
 from secure_mqtt.log import PROGRAM
-from secure_mqtt.settings import Settings, client_id, read_file
+from secure_mqtt.settings import DEFAULT_PEER_NAME, Settings, client_id, read_file
 from secure_mqtt.streams import is_utf8, write_output
 from secure_mqtt.suites import SUITES
 from secure_mqtt.topics.names import MAX_HISTORY
@@ -297,7 +297,7 @@ def fill_in(settings: Settings) -> None:
     settings.rotate = settings.rotate or DEFAULT_ROTATION
     settings.host = settings.host or "localhost"
     settings.port = settings.port or (DEFAULT_TLS_PORT if settings.uses_tls else DEFAULT_PORT)
-    settings.peer_name = settings.peer_name or "responder"
+    settings.peer_name = settings.peer_name or DEFAULT_PEER_NAME
     settings.username = settings.username or os.environ.get("MQTT_USERNAME", "")
     settings.password = password(settings)
     settings.id = settings.id or client_id(settings)

@@ -61,8 +61,7 @@ class Exchanges:
         if credentials.authority != self._credentials.authority:
             raise UnusableError("the authorities have changed meanwhile")
         if credentials.authority:
-            self._replays.check(message.payload)
-            self._replays.add(message.payload)
+            self._replays.add(self._replays.check(message.payload))
         self._replies.send(message, answer.response)
         key = Key(message.netid, answer.cipher, answer.coming, answer.expires)
         self._keyring.add(key)

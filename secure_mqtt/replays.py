@@ -21,16 +21,18 @@ class Replays:
     def __init__(self) -> None:
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
-    def check(self, payload: bytes) -> None:
-        """Raise UnusableError if the key in a message 1 was here before."""
-        if self._short(payload) in self._seen:
-            raise UnusableError("a public key that was here before")
+    def check(self, payload: bytes) -> bytes:
+        """Return what add() is to remember of a message 1, if its key was not here before.
 
-    def add(self, payload: bytes) -> None:
+        :raises UnusableError: it was
+        """
+        short = digest(public_key_der(payload))[:DIGEST_SIZE]
+        if short in self._seen:
+            raise UnusableError("a public key that was here before")
+        return short
+
+    def add(self, short: bytes) -> None:
         """Remember the key in a message 1 that was verified."""
-        self._seen[self._short(payload)] = None
+        self._seen[short] = None
         if len(self._seen) > MAX_SEEN:
             self._seen.popitem(last=False)
-
-    def _short(self, payload: bytes) -> bytes:
-        return digest(public_key_der(payload))[:DIGEST_SIZE]

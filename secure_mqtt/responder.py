@@ -55,6 +55,15 @@ class Responder:
 
         :raises ProgramError: the broker refuses for good, or a process was lost
         """
+        try:
+            self._stay_connected()
+        except WorkerError:
+            hint = "start the responder again; the machine may be short of memory"
+            raise ProgramError("a process of the responder was ended", hint) from None
+        self._desk.end()
+        event("stopped")
+
+    def _stay_connected(self) -> None:
         delays = backoff()
         while not self._is_stopped:
             mqtt = None
@@ -67,9 +76,6 @@ class Responder:
                     event("connected", broker=self._settings.broker, tls=mqtt.security())
                     delays = backoff()
                     self._serve(mqtt, status)
-            except WorkerError:
-                hint = "start the responder again; the machine may be short of memory"
-                raise ProgramError("a process of the responder was ended", hint) from None
             except ProgramError as error:
                 if error.is_final:
                     raise
@@ -77,10 +83,15 @@ class Responder:
                 if mqtt:
                     self._limit.connection_lost(mqtt.outbox)
             self._is_connected = False
-            if not self._is_stopped:
-                select.select([self._stopping], [], [], next(delays))
-        self._desk.end()
-        event("stopped")
+            self._pause(time.monotonic() + next(delays))
+
+    def _pause(self, end: float) -> None:
+        """Wait, while no process of ours has to wait for us."""
+        while not self._is_stopped and (rest := end - time.monotonic()) > 0:
+            sources = [self._stopping, *self._desk.processes]
+            for ready in select.select(sources, [], [], rest)[0]:
+                if ready is not self._stopping:
+                    self._desk.take_result(ready)
 
     def stop(self) -> None:
         """Make run() finish what is being answered and return; safe in a signal handler."""

@@ -13,6 +13,7 @@ from secure_mqtt.errors import UsageError
 if TYPE_CHECKING:  # loaded where they are used: --help and usage errors need none of them
     from secure_mqtt.signatures import Authority, Identity
 
+DEFAULT_PEER_NAME = "responder"  # in a responder's certificate
 T = TypeVar("T")
 
 

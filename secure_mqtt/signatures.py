@@ -87,6 +87,7 @@ class Identity:
             raise KeyFileError("has expired; renew it")
         if _is_too_much([each.public_bytes(Encoding.DER) for each in self._chain]):
             raise KeyFileError(f"holds {TOO_MUCH}, which no peer accepts")
+        self._bundle = b"".join(each.public_bytes(Encoding.PEM) for each in self._chain)
 
     @property
     def names(self) -> list[str]:
@@ -103,8 +104,7 @@ class Identity:
     def sign_bytes(self, blocks: bytes, signed_bytes: bytes) -> bytes:
         """Return PEM blocks, our certificates, and our signature over some bytes."""
         signature = self._key.sign(signed_bytes, *self._scheme)
-        chain = [certificate.public_bytes(Encoding.PEM) for certificate in self._chain]
-        return b"".join((blocks, *chain, to_pem(SIGNATURE, signature)))
+        return b"".join((blocks, self._bundle, to_pem(SIGNATURE, signature)))
 
 
 class Authority:

@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import os
 import re
+import select
 import socket
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import keeping
 import paho.mqtt.client as paho
 from broker_side import issue, made
 from conftest import (
@@ -35,6 +37,7 @@ from conftest import (
     ROOT,
     SAFETY,
     Mosquitto,
+    Peer,
     ResponderProcess,
     free_port,
     processes_below,
@@ -51,6 +54,7 @@ from hostile import (
     publish,
     subscribe,
 )
+from members import KEEPER, TOPIC, Certified
 from paho.mqtt.enums import CallbackAPIVersion
 
 import crypto
@@ -72,6 +76,8 @@ from secure_mqtt.suites import (
     key_blocks,
     suite_of,
 )
+from secure_mqtt.topics.messages import SessionKey
+from secure_mqtt.topics.requests import ACTION, read_answer, write_request
 
 try:
     from gmpy2 import powmod
@@ -339,9 +345,13 @@ class BareClient:
     def close(self) -> None:
         self._socket.close()
 
-    def _packets(self) -> list[tuple[int, bytes]]:
+    def flush(self) -> None:
+        """Send what is to be sent."""
         self._socket.sendall(b"".join(self._to_send))
         self._to_send.clear()
+
+    def _packets(self) -> list[tuple[int, bytes]]:
+        self.flush()
         packets: list[tuple[int, bytes]] = []
         while not packets:
             data = self._socket.recv(2**18)
@@ -1221,6 +1231,216 @@ def measure_reliability(broker: Mosquitto, folder: Path) -> None:
     table("Requests, a fresh process each", [("sent", "not perfect"), ("500", f"{wrong}")])
 
 
+# --- the keeper of shared topics ---------------------------------------------------------------
+
+
+class Joiners(BareClient):
+    """Members that share one connection: each makes an exchange, and joins a topic to publish."""
+
+    def __init__(self, port: int, suite: str, members: Sequence[Certified]) -> None:
+        super().__init__(port, f"joiners-{suite}", "+/+/response")
+        self.seconds: list[float] = []  # of each member, from key to answer
+        self._suite, self.members = suite, members
+        self._exchanges: dict[str, Exchange] = {}
+        self._hellos: dict[str, bytes] = {}
+        self._started: dict[str, float] = {}
+        for member in self.members:
+            self.prepare(member, hello=True)
+
+    def prepare(self, member: Certified, hello: bool) -> None:
+        """Make what a member sends, ahead: it is not to be measured."""
+        name, identity = member.name, member.identity
+        authority = keeping.COURSE.authority
+        self._exchanges[name] = Exchange(name, self._suite, identity, authority, KEEPER)
+        if hello:
+            self._hellos[name] = SessionKey(identity, TOPIC, name, KEEPER).hello
+
+    def run(self, at_a_time: int) -> float:
+        """Let all members join, so many at a time; returns the seconds that all took."""
+        self.seconds.clear()
+        waiting = deque(self.members)
+        start = time.perf_counter()
+        for _ in range(min(at_a_time, len(self.members))):
+            self.begin(waiting.popleft())
+        while len(self.seconds) < len(self.members):
+            if self.go_on() and waiting:
+                self.begin(waiting.popleft())
+        return time.perf_counter() - start
+
+    def begin(self, member: Certified) -> None:
+        """Let a member ask for the keeper's key."""
+        self._started[member.name] = time.perf_counter()
+        asking = REQUEST.format(member.name, KEY_EXCHANGE)
+        self.publish(asking, self._exchanges[member.name].request())
+
+    def run_spread(self, seconds: float) -> float:
+        """Let all members join, spread over some time; returns the seconds that all took."""
+        self.seconds.clear()
+        waiting = deque(enumerate(self.members))
+        start = time.perf_counter()
+        while len(self.seconds) < len(self.members):
+            share = (time.perf_counter() - start) / seconds * len(self.members)
+            while waiting and waiting[0][0] <= share:
+                self.begin(waiting.popleft()[1])
+            self.flush()
+            if select.select([self._socket], [], [], 0.001)[0]:
+                self.go_on()
+        return time.perf_counter() - start
+
+    def join_again(self) -> float:
+        """Let all members ask for the key at once, in their exchanges; returns the seconds."""
+        self.seconds.clear()
+        start = time.perf_counter()
+        for member in self.members:
+            self._started[member.name] = time.perf_counter()
+            self._join(member.name)
+        while len(self.seconds) < len(self.members):
+            self.go_on()
+        return time.perf_counter() - start
+
+    def _join(self, name: str) -> None:
+        asking = REQUEST.format(name, ACTION)
+        request = write_request("join", TOPIC, self._hellos[name])
+        self.publish(asking, self._exchanges[name].seal(asking, request))
+
+    def go_on(self) -> int:
+        """Take what comes; returns how many members have joined by that."""
+        joined = 0
+        for topic, payload in self.receive():
+            name, action, _ = topic.decode().split("/")
+            if action == KEY_EXCHANGE:
+                self._exchanges[name].agree(payload)
+                self._join(name)
+            else:
+                _, answer = self._exchanges[name].open(topic.decode(), payload)
+                read_answer("join", answer)
+                self.seconds.append(time.perf_counter() - self._started.pop(name))
+                joined += 1
+        return joined
+
+
+def create_topic(port: int, members: Sequence[Certified]) -> None:
+    """Let alice create the topic for these members."""
+    peer = Peer(port, "alice/+/response")
+    alice = keeping.Member(peer, "alice").agree()
+    alice.ask("create", TOPIC, [member.name for member in members], 100)
+    peer.close()
+
+
+def processor_time(pid: int) -> float:
+    """Return the seconds of processor time that a process, and those below it, have taken."""
+    ticks = 0
+    for each in (pid, *processes_below(pid)):
+        fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # in user mode, and in the system
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure_joins(broker: Mosquitto, folder: Path) -> None:
+    """Measure how many members join a topic in a second of the keeper's processor time."""
+    rows: list[tuple[str, ...]] = [
+        ("suite", "joins", "per second of the keeper's processor time", "p50", "p99")
+    ]
+    for suite in ("x25519", "mlkem768x25519"):
+        options = keeping.keeper_options(folder / f"keeper-{suite}", broker.port)
+        with responding(broker, dict(os.environ), *options[1:]) as keeper:
+            members = [keeping.COURSE.member(f"m{number}") for number in range(1500)]
+            create_topic(broker.port, members)
+            clients = Joiners(broker.port, suite, members)
+            before = processor_time(keeper.process.pid)
+            clients.run(64)
+            taken = processor_time(keeper.process.pid) - before
+            clients.close()
+        count = len(clients.seconds)
+        rows.append((suite, f"{count}", f"{count / taken:.0f}/s", *percentiles(clients.seconds)))
+    table("Members that join a topic, exchange and verifications included", rows)
+
+
+RENEWAL_TIME = 20.0  # seconds over which members spread what they ask at a renewal
+OWNERS, TOPICS_EACH, MEMBERS_EACH = 100, 100, 10
+
+
+def measure_renewals(broker: Mosquitto, folder: Path) -> None:
+    """Let 10,000 members of a topic renew its key, and measure how long lab requests take then."""
+    rows: list[tuple[str, ...]] = [
+        ("10,000 members ask", "until all have the key", "p50", "p99", "slowest lab request")
+    ]
+    options = keeping.keeper_options(folder / "renewals", broker.port)
+    members = [keeping.COURSE.member(f"m{number}") for number in range(9_999)]
+    with responding(broker, dict(os.environ), *options[1:]):
+        create_topic(broker.port, members)
+        clients = Joiners(broker.port, HYBRID, members)
+        for name, renew in (
+            ("within 20 s, in a new exchange each", partial(clients.run_spread, RENEWAL_TIME)),
+            ("at once, after a notice", clients.join_again),
+        ):
+            with lab_requests(broker.port, folder / "renewals") as lab:
+                seconds = renew()
+            figures = *percentiles(clients.seconds), milliseconds(max(lab))
+            rows.append((name, f"{seconds:.1f} s", *figures))
+        clients.close()
+    table("A renewal of a topic's key", rows)
+
+
+@contextlib.contextmanager
+def lab_requests(port: int, folder: Path) -> Iterator[list[float]]:
+    """Send lab requests one after another meanwhile; yield the seconds that each has taken."""
+    (folder / "student.pem").write_bytes(keeping.private_pem(keeping.COURSE.member("student")))
+    security = f"--identity={folder / 'student.pem'}", f"--peer-ca={folder / 'ca.pem'}"
+    seconds: list[float] = []
+    has_ended = threading.Event()
+
+    def ask() -> None:
+        while not has_ended.is_set() or not seconds:
+            start = time.perf_counter()
+            result = run("-p", str(port), *security, "student", "uppercase", TEXT.decode())
+            assert result.stdout == TEXT.upper() + b"\n", result.stderr
+            seconds.append(time.perf_counter() - start)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield seconds
+    finally:
+        has_ended.set()
+        thread.join()
+
+
+def measure_topics_memory(broker: Mosquitto, folder: Path) -> None:
+    """Measure what 10,000 topics of 10 members cost a keeper."""
+    rows: list[tuple[str, ...]] = [("keeper", "all its processes", "more than at the start")]
+    options = keeping.keeper_options(folder / "memory", broker.port)[1:]
+    with responding(broker, dict(os.environ), *options) as keeper:
+        create_topics(broker.port, 1, 1)
+        start = memory_of_all(keeper.process.pid)
+        rows.append(("at its start", f"{start:.1f} MB", ""))
+        create_topics(broker.port, OWNERS, TOPICS_EACH - 1)
+        now = memory_of_all(keeper.process.pid)
+        rows.append(("with 9,901 topics", f"{now:.1f} MB", f"{now - start:.1f} MB"))
+    with responding(broker, dict(os.environ), *options) as keeper:
+        now = memory_of_all(keeper.process.pid)
+        rows.append(("started again", f"{now:.1f} MB", f"{now - start:.1f} MB"))
+    table("Memory of a keeper", rows)
+
+
+def create_topics(port: int, owners: int, count: int) -> None:
+    """Let NetIDs create so many topics each."""
+    for owner in range(owners):
+        peer = Peer(port, f"o{owner}/+/response")
+        member = keeping.Member(peer, f"o{owner}").agree()
+        for number in range(count):
+            names = [f"m{owner}-{number}-{each}" for each in range(MEMBERS_EACH - 1)]
+            member.send("create", f"shared/{owner}/{number}-of-{count}", names, 100)
+        for _ in range(count):
+            member.answer("create")
+        peer.close()
+
+
+def memory_of_all(pid: int) -> float:
+    """Return the memory of a process and those below it, in MB."""
+    return sum(map(proportional, (pid, *processes_below(pid))))
+
+
 PARTS = {
     "start": measure_start,
     "timeline": measure_timeline,
@@ -1234,6 +1454,9 @@ PARTS = {
     "exchanges": measure_exchanges,
     "lines": measure_lines,
     "signed": measure_signed,
+    "topics-joins": measure_joins,
+    "topics-renewals": measure_renewals,
+    "topics-memory": measure_topics_memory,
 }
 DRAWN_PARTS = ("suites", "exchanges", "lines")
 

@@ -9,7 +9,7 @@ from typing import Any
 from conftest import Peer
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from issuing import pem
-from members import TOPIC, Certified, Certifier
+from members import KEEPER, TOPIC, Certified, Certifier
 
 from secure_mqtt.exchange import Exchange
 from secure_mqtt.topics.messages import Epoch, SessionKey, Stream
@@ -49,12 +49,26 @@ class Member:
         self._suite = suite
         self._asking, self._answering = f"{name}/topic/request", f"{name}/topic/response"
         self.exchange: Exchange
-        self.session = SessionKey(self._identity, TOPIC, name, "responder")
+        self.session: SessionKey
+        self.renew_session()
+
+    def renew_session(self, topic: str = TOPIC) -> None:
+        """Begin another session."""
+        self.session = SessionKey(self._identity, topic, self.name, KEEPER)
         self._counter = 0
+
+    def expects(self, certifier: Certifier) -> None:
+        """Expect a keeper that this one certifies."""
+        self._authority = certifier.authority
+
+    def connect(self, peer: Peer) -> Member:
+        """Go on over another connection, in a new exchange."""
+        self.peer = peer
+        return self.agree()
 
     def agree(self) -> Member:
         """Make an exchange."""
-        who = self._identity, self._authority, "responder"
+        who = self._identity, self._authority, KEEPER
         self.exchange = Exchange(self.name, self._suite, *who)
         self.peer.publish(f"{self.name}/key-exchange/request", self.exchange.request())
         self.exchange.agree(self.peer.receive(f"{self.name}/key-exchange/response"))
@@ -62,7 +76,11 @@ class Member:
 
     def send(self, do: str, *values: Any) -> None:
         """Send a request."""
-        self.send_raw(write_request(do, *values))
+        self.peer.publish(self._asking, self.seal(do, *values))
+
+    def seal(self, do: str, *values: Any) -> bytes:
+        """Return a request, sealed."""
+        return self.exchange.seal(self._asking, write_request(do, *values))
 
     def send_raw(self, request: bytes) -> None:
         """Send any bytes as a request."""
@@ -88,15 +106,15 @@ class Member:
         page: Page = self.ask("history", TOPIC, after)
         return page
 
-    def sealed(self, joined: Joined, data: bytes) -> bytes:
+    def sealed(self, joined: Joined, data: bytes, topic: str = TOPIC) -> bytes:
         """Return the next message, sealed."""
-        stream = Stream(Epoch(TOPIC, joined.epoch, joined.key), self.session.session)
+        stream = Stream(Epoch(topic, joined.epoch, joined.key), self.session.session)
         payload = stream.seal(self.session.key, self._counter, 1_700_000_000_000, data)
         self._counter += 1
         return payload
 
-    def publish(self, joined: Joined, data: bytes) -> bytes:
+    def publish(self, joined: Joined, data: bytes, topic: str = TOPIC) -> bytes:
         """Publish the next message, and return its payload."""
-        payload = self.sealed(joined, data)
-        self.peer.publish(TOPIC, payload)
+        payload = self.sealed(joined, data, topic)
+        self.peer.publish(topic, payload)
         return payload

@@ -6,20 +6,22 @@ those stands in no request's way, neither in the broker's queues nor in ours.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import select
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 from secure_mqtt.chores import read_authority, read_identity
 from secure_mqtt.connection import LOOP_INTERVAL, PatientConnection, backoff
-from secure_mqtt.errors import ProgramError
+from secure_mqtt.errors import ProgramError, UsageError
+from secure_mqtt.faults import CONNECTING, SUBACK, silence
 from secure_mqtt.log import event
 from secure_mqtt.mailboxes import Message
-from secure_mqtt.settings import Settings, peer_files
+from secure_mqtt.settings import DEFAULT_PEER_NAME, Settings, peer_files
 from secure_mqtt.topics.batches import MAX_BATCH, Batches
 from secure_mqtt.topics.database import StoreError
 from secure_mqtt.topics.keeper import Keeper
@@ -27,7 +29,8 @@ from secure_mqtt.topics.store import Store
 from secure_mqtt.workers import receive, send
 
 SUBSCRIBED_AT_A_TIME = 100  # topics, in one packet of at most 50 KiB
-RETRY_INTERVAL = 1.0  # seconds after which it is tried again to write what could not be written
+RETRY_INTERVAL = 1.0  # seconds after which it is tried again to renew what could not be
+DRAINING_TIME = 3.0  # seconds for what is on its way to the broker at the end
 REPORT_INTERVAL = 1.0  # seconds between lines in the log about messages that were not kept
 COUNT_INTERVAL = 10.0  # seconds
 MAX_REASONS = 10  # that are named in the log at a time
@@ -42,6 +45,13 @@ def keeper_clock() -> Callable[[], float]:
     return lambda: start + time.monotonic()
 
 
+def keeper_name(names: list[str]) -> str:
+    """Return the one of a certificate's names that members know the keeper by."""
+    if not names:
+        raise UsageError("--keep needs an --identity with a DNS name, which members know it by")
+    return DEFAULT_PEER_NAME if DEFAULT_PEER_NAME in names else names[0]
+
+
 class Unkept:
     """Counts the messages that were not kept, and says so from time to time."""
 
@@ -49,10 +59,10 @@ class Unkept:
         self._reasons: Counter[str] = Counter()
         self._report_at = 0.0  # of time.monotonic()
 
-    def add(self, reason: str) -> None:
-        """Count a message, if there is a reason."""
-        if reason:
-            self._reasons[reason] += 1
+    def add(self, reason: str, count: int = 1) -> None:
+        """Count messages, if there are any, and a reason."""
+        if reason and count:
+            self._reasons[reason] += count
 
     def report(self) -> None:
         """Say how many there were, if it is time for that."""
@@ -103,7 +113,7 @@ class Backend:
         self._clock = keeper_clock()
         self._store = Store(settings.keep)
         identity, authority = peer_files(settings)
-        name = read_identity(identity).names[0]
+        name = keeper_name(read_identity(identity).names)
         self._keeper = Keeper(
             self._store, read_authority(authority), name, self._clock, settings.rotate
         )
@@ -121,28 +131,41 @@ class Backend:
             try:
                 mqtt = PatientConnection(self._settings)
                 with mqtt:
-                    mqtt.connect()
                     self._begin(mqtt)
                     delays = backoff()
                     self._serve(mqtt)
             except ProgramError as error:
                 self._front.tell(FAILED if error.is_final else LOST, error)
+            except TimeoutError:
+                reason = f"no {mqtt.stage} came"
+                self._front.tell(LOST, silence(self._settings, mqtt.stage, reason))
             self._serve_without(time.monotonic() + next(delays))
+        self._store.database.close()
 
     def _begin(self, mqtt: PatientConnection) -> None:
-        """Subscribe to the topics whose messages are kept."""
+        """Connect, and subscribe to the topics whose messages are kept."""
+        with self._patience(mqtt, CONNECTING):
+            mqtt.connect()
         self._messages.clear()  # the broker sends them no more
         topics = self._batches.catch_up()
         for start in range(0, len(topics), SUBSCRIBED_AT_A_TIME):
             self._subscribe(mqtt, topics[start : start + SUBSCRIBED_AT_A_TIME])
-        self._rotate()
-        mqtt.stage = "messages of shared topics"
+        event("keeping", topics=len(topics))
         self._front.tell(READY)
 
     def _subscribe(self, mqtt: PatientConnection, topics: list[str]) -> None:
-        for topic in mqtt.refused(*topics):
+        with self._patience(mqtt, SUBACK):
+            refused = mqtt.refused(*topics)
+        for topic in refused:
             reason = "the broker refuses the subscription: its messages are not kept"
             event("refused", is_warning=True, topic=topic, reason=reason)
+
+    @contextlib.contextmanager
+    def _patience(self, mqtt: PatientConnection, stage: str) -> Iterator[None]:
+        """Let what is done inside end in time: the responder waits for us. Else TimeoutError."""
+        mqtt.stage, mqtt.patience_ends = stage, time.monotonic() + self._settings.timeout
+        yield
+        mqtt.stage, mqtt.patience_ends = "messages of shared topics", float("inf")
 
     def _serve(self, mqtt: PatientConnection) -> None:
         while not self._front.has_ended:
@@ -150,10 +173,12 @@ class Backend:
             self._keep(mqtt)
             self._rotate()
             self._publish_notices(mqtt)
+            self._unkept.add("too many at a time", mqtt.inbox.take_dropped())
             self._report()
-            is_busy = bool(self._front.requests) or (self._can_write and bool(self._messages))
+            is_busy = bool(self._front.requests or self._messages) or self._is_rotation_due
             if self._front in mqtt.wait([self._front], is_busy):
                 self._front.receive()
+        mqtt.patience_ends = time.monotonic() + DRAINING_TIME
         mqtt.flush()
 
     def _serve_without(self, end: float) -> None:
@@ -162,7 +187,8 @@ class Backend:
             self._answer(None)
             self._rotate()
             self._report()
-            timeout = 0 if self._front.requests else min(rest, LOOP_INTERVAL)
+            is_busy = bool(self._front.requests) or self._is_rotation_due
+            timeout = 0 if is_busy else min(rest, LOOP_INTERVAL)
             if select.select([self._front], [], [], timeout)[0]:
                 self._front.receive()
 
@@ -188,31 +214,32 @@ class Backend:
             self._subscribe(mqtt, wanted)
 
     def _keep(self, mqtt: PatientConnection) -> None:
-        """Keep a batch of messages, and acknowledge them."""
+        """Keep a batch of messages, and acknowledge them.
+
+        :raises StoreError: that can't be done. They stay with the broker until we disconnect, and
+            their publishers send them again when we are back
+        """
         while mqtt.inbox and len(self._messages) < MAX_BATCH:
             self._messages.append(mqtt.inbox.take())
-        if not self._messages or not self._can_write:
-            return
-        outcomes = self._batches.keep([(each.topic, each.payload) for each in self._messages])
-        self._note_failure()
-        for outcome in outcomes:
-            if outcome.is_settled:
+        if self._messages:
+            faults = self._batches.keep([(each.topic, each.payload) for each in self._messages])
+            for fault in faults:
                 mqtt.acknowledge([self._messages.popleft()])
-                self._unkept.add(outcome.fault)
+                self._unkept.add(fault)
 
     @property
-    def _can_write(self) -> bool:
-        """Whether to write what can wait. If the last attempt has failed, the next one waits."""
-        return time.monotonic() >= self._retry_at
+    def _is_rotation_due(self) -> bool:
+        is_awaited = time.monotonic() < self._retry_at
+        return not is_awaited and self._keeper.next_rotation() <= self._clock()
 
     def _rotate(self) -> None:
-        if self._can_write and self._keeper.next_rotation() <= self._clock():
+        if self._is_rotation_due:
             self._batches.rotate()
             self._note_failure()
 
     def _note_failure(self) -> None:
         """Say why a batch has failed, if it has; not for each of many."""
-        if self._batches.failure and self._can_write:
+        if self._batches.failure and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + RETRY_INTERVAL
             event("failed", is_warning=True, **words_for(self._batches.failure))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from crypto import CryptoError
 from secure_mqtt.topics.database import StoreError
@@ -16,13 +16,6 @@ BATCH_TIME = 0.02  # seconds after which a batch takes nothing more in: others w
 CANNOT_WRITE = to_json({"error": "the keeper can't write its file; ask its operator"})
 CANNOT_DO = to_json({"error": "the keeper has failed; ask its operator to look at its log"})
 T = TypeVar("T")
-
-
-class Outcome(NamedTuple):
-    """What has become of a message that was published on a topic."""
-
-    fault: str = ""  # why it was not kept, if it should have been
-    is_settled: bool = True  # whether it need never come again
 
 
 class Batches:
@@ -50,29 +43,32 @@ class Batches:
             jobs, lambda error: CANNOT_WRITE if isinstance(error, StoreError) else CANNOT_DO
         )
 
-    def keep(self, messages: Sequence[tuple[str, bytes]]) -> list[Outcome]:
-        """Keep the first of these messages, at least one, or find why not.
+    def keep(self, messages: Sequence[tuple[str, bytes]]) -> list[str]:
+        """Keep the first of these messages, at least one; return what is wrong with each, or "".
 
         :param messages: the topics on which they were published, and the payloads
+        :raises StoreError: nothing can be written
         """
 
-        def keeping(topic: str, payload: bytes) -> Callable[[], Outcome]:
+        def keeping(topic: str, payload: bytes) -> Callable[[], str]:
             return lambda: self._keep(topic, payload)
 
-        jobs = [keeping(*message) for message in messages[:MAX_BATCH]]
-        return self._do(
-            jobs, lambda error: Outcome(type(error).__name__, not isinstance(error, StoreError))
-        )
+        def failed(error: Exception) -> str:
+            if isinstance(error, StoreError):
+                raise error
+            return f"it raised {type(error).__name__}"
 
-    def _keep(self, topic: str, payload: bytes) -> Outcome:
+        return self._do([keeping(*message) for message in messages[:MAX_BATCH]], failed)
+
+    def _keep(self, topic: str, payload: bytes) -> str:
         try:
             self._keeper.take(topic, payload)
         except CryptoError as error:
-            return Outcome(str(error))
-        return Outcome()
+            return str(error)
+        return ""
 
     def rotate(self) -> bool:
-        """Renew the keys for which it is time, or some of them; tell whether that has succeeded."""
+        """Renew the keys for which it is time, or some of them; tell whether that was possible."""
 
         def rotate() -> bool:
             self._keeper.rotate()

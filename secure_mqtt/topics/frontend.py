@@ -122,6 +122,8 @@ class Frontend:
         """Take it from now on that this authority (PEM) certifies members."""
         if not self._authority:
             self.process.ask(authority, [])  # it waits for that before it connects
+        elif authority != self._authority:
+            self._next.clear()  # what came under the keys of the one before
         self._authority = authority
 
     def answer(self, message: Incoming) -> None:
@@ -143,11 +145,12 @@ class Frontend:
 
     def go_on(self) -> None:
         """Pass on what has gathered, when all before is answered; then there is room for more."""
-        if self._asked or not self._next:
+        if self._asked:
             return
-        self._asked, self._next = deque(self._next), []
-        requests = [(each.message.netid, each.opened.text) for each in self._asked]
-        self.process.ask(self._authority, requests)
+        if self._next:
+            self._asked, self._next = deque(self._next), []
+            requests = [(each.message.netid, each.opened.text) for each in self._asked]
+            self.process.ask(self._authority, requests)
         released = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
         for netid in reversed(released):  # each goes in front of those before
             self._turns.release(netid, Hold.KEEPER)

@@ -334,11 +334,10 @@ class Keeper:
 
     def _join(self, netid: str, topic: str, hello: bytes | None) -> Answer:
         found = self._rotation.current(self._topic(netid, topic))
-        counters = self._store.sessions.counters(found) if found.history else {}
+        counters = self._store.sessions.counters(found) if found.newest else {}
         if hello is not None:
-            self._introduce(found, netid, hello)
             session = session_of(hello)
-            _, counter = self._store.sessions.progress(found, session)
+            counter = self._introduce(found, netid, session, hello)
             if counter >= 0:  # there may be too many to name all, but the asker needs its own
                 counters[session] = counter
         return {
@@ -348,12 +347,14 @@ class Keeper:
             "number": found.newest,
         }
 
-    def _introduce(self, topic: Topic, netid: str, hello: bytes) -> None:
-        """Take note of a session of a member, or refuse it."""
-        session = session_of(hello)
-        introduced, _ = self._store.sessions.progress(topic, session)
+    def _introduce(self, topic: Topic, netid: str, session: bytes, hello: bytes) -> int:
+        """Take note of a session of a member, or refuse it.
+
+        :return: the counter of its newest message that is kept, -1 for none
+        """
+        introduced, counter = self._store.sessions.progress(topic, session)
         if introduced == topic.epoch:
-            return
+            return counter
         if self._store.sessions.count(topic, netid) >= MAX_SESSIONS:
             raise RefusedError(
                 f"you have {MAX_SESSIONS} sessions on it, the most until its key is renewed"
@@ -365,6 +366,7 @@ class Keeper:
         if sender.netid != netid:
             raise RefusedError("your hello introduces another member")
         self._store.sessions.introduce(topic, session, netid, hello)
+        return counter
 
     def _sender(self, netid: str, topic: str, session: bytes) -> Answer:
         hello = self._store.sessions.hello(self._topic(netid, topic), session)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from secure_mqtt.topics.database import Database
@@ -60,6 +61,7 @@ CREATE TABLE sessions (
 );
 CREATE INDEX sessions_epoch ON sessions (topic, epoch, netid);
 CREATE INDEX sessions_newest ON sessions (topic, newest);
+CREATE INDEX sessions_kept ON sessions (topic, epoch, newest) WHERE newest > 0;
 CREATE TABLE messages (
     topic INTEGER NOT NULL REFERENCES topics ON DELETE CASCADE,
     number INTEGER NOT NULL,
@@ -325,12 +327,14 @@ class Sessions:
 
         If there are too many for an answer, those with the newest messages.
         """
-        rows = self._database.execute(
-            "SELECT session, counter FROM sessions"
-            " WHERE topic = ? AND epoch >= ? AND counter >= 0 ORDER BY newest DESC LIMIT ?",
-            *(topic.id, topic.epoch - 1, MAX_COUNTERS),
+        query = (
+            "SELECT newest, session, counter FROM sessions"
+            " WHERE topic = ? AND epoch = ? AND newest > 0 ORDER BY newest DESC LIMIT ?"
         )
-        return dict(rows.fetchall())
+        epochs = topic.epoch, topic.epoch - 1  # one after the other: so each is in order already
+        rows = [self._database.execute(query, topic.id, each, MAX_COUNTERS) for each in epochs]
+        newest = sorted(chain(*rows), reverse=True)[:MAX_COUNTERS]
+        return {session: counter for _, session, counter in newest}
 
     def forget(self, topic: Topic) -> None:
         """Forget the sessions of earlier epochs that have no message left."""

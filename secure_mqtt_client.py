@@ -284,12 +284,18 @@ def run_responder(settings: "Settings") -> None:
 
 def run_member(settings: "Settings") -> None:
     """Publish on topics, or subscribe to them."""
+    from secure_mqtt.topics.notary import Notary
+    from secure_mqtt.workers import Worker, supervise
+
+    worker = Worker(partial(Notary, settings))  # before there are threads, as for a request
     begin_log(settings)
+    from secure_mqtt.connection import load_paho
+
+    load_paho()
     from secure_mqtt.lasting import Session
     from secure_mqtt.topics.roles import new_member
-    from secure_mqtt.workers import supervise
 
-    member = new_member(settings)
+    member = new_member(settings, cast("Notary", worker))
     session = Session(settings, member)
     for number in STOP_SIGNALS if settings.command == "subscribe" else ():
         signal.signal(number, lambda *_: member.stop())
@@ -304,12 +310,18 @@ def run_member(settings: "Settings") -> None:
 
 def run_command(settings: "Settings") -> None:
     """Let a keeper of topics do something, and print what it lists."""
-    from secure_mqtt.topics.commands import answer_of, question, table
+    answer = answer_to(settings, question_of)
+    from secure_mqtt.topics.commands import shown
 
-    do = "list" if settings.command == "topics" else settings.command
-    answer = answer_of(settings, do, answer_to(settings, question))
-    if do == "list":
-        write_output(table(answer))
+    if output := shown(settings, answer):
+        write_output(output)
+
+
+def question_of(settings: "Settings") -> bytes:
+    """Return the request to the keeper."""
+    from secure_mqtt.topics.commands import question
+
+    return question(settings)
 
 
 # --- main --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from datetime import datetime, timezone
-from typing import Any, NamedTuple
+from typing import Any
 
 from cryptography import exceptions, x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
@@ -21,7 +21,9 @@ from secure_mqtt.certificates import (
     MAX_CERTIFICATE_SIZE,
     MAX_CHAIN,
     MAX_EXCHANGE_SIZE,
+    Validity,
     has_expired,
+    join_fields,
 )
 from secure_mqtt.suites import key_blocks
 
@@ -55,13 +57,6 @@ CERTIFICATE_ERRORS = (
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
-
-
-class Validity(NamedTuple):
-    """When all certificates are valid, from a signer's to an authority's own."""
-
-    begins: float  # in seconds since 1970
-    ends: float
 
 
 class Identity:
@@ -303,11 +298,6 @@ def _signed_bytes(payload: bytes, netid: str, request: bytes | None) -> bytes:
     if request is not None:
         fields = [RESPONSE_LABEL, *fields[1:], digest(request)]
     return join_fields(*fields)
-
-
-def join_fields(*fields: bytes) -> bytes:
-    """Return fields joined, each after its length in 4 bytes, so that none can pass for another."""
-    return b"".join(len(field).to_bytes(4, "big") + field for field in fields)
 
 
 def _signature_scheme(key: Any) -> tuple[Any, ...]:

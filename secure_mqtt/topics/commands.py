@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from crypto import CryptoError
 from secure_mqtt.errors import ProgramError
 from secure_mqtt.settings import Settings
@@ -21,19 +19,20 @@ def question(settings: Settings) -> bytes:
     return write_request(command, settings.topics[0], settings.members, *history)
 
 
-def answer_of(settings: Settings, do: str, answer: bytes) -> Any:
-    """Return what the keeper has answered, as read_answer() does.
+def shown(settings: Settings, answer: bytes) -> bytes:
+    """Return what to print of the keeper's answer.
 
-    :param do: what it was asked to do
-    :raises ProgramError: it has refused that, or its answer is none
+    :raises ProgramError: it has refused, or its answer is none
     """
+    do = "list" if settings.command == "topics" else settings.command
     try:
-        return read_answer(do, answer)
+        value = read_answer(do, answer)
     except RefusedError as error:
         raise refusal(settings, str(error)) from None
     except CryptoError as error:
         problem = f"the answer of {settings.peer_name!r} is none: {error}"
         raise ProgramError(problem, "it may be another program's, or a newer one's") from None
+    return table(value) if do == "list" else b""
 
 
 def refusal(settings: Settings, words: str, topic: str = "") -> ProgramError:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from crypto import PUBLIC_KEY, KeyFileError, PeerKeyError, TokenError, derive_key, digest, to_pem
-from secure_mqtt.signatures import Validity, join_fields
+from secure_mqtt.certificates import Validity, join_fields
 from secure_mqtt.suites import TAG_SIZE, key_blocks
 from secure_mqtt.topics.names import MEMBER
 

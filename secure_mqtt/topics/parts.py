@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from secure_mqtt.connection import Connection
 from secure_mqtt.settings import Settings
-from secure_mqtt.signatures import Authority, Identity
 from secure_mqtt.topics.enquiries import Enquiries
 from secure_mqtt.topics.keys import Keys
 from secure_mqtt.topics.messages import SessionKey
@@ -18,6 +18,9 @@ from secure_mqtt.topics.publisher import Publisher, Receipt
 from secure_mqtt.topics.requests import Joined
 from secure_mqtt.topics.senders import Senders
 from secure_mqtt.topics.subscriber import Ask, Subscriber
+
+if TYPE_CHECKING:
+    from secure_mqtt.signatures import Authority, Identity
 
 # On Linux, the one that goes on while the machine sleeps; that of macOS does.
 CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)

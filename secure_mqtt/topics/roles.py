@@ -1,37 +1,40 @@
-"""What a member can be: one who publishes, or one who subscribes."""
+"""What a member can be: one who publishes, one who subscribes, or one who does both in a shell."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
-from secure_mqtt.exchange import Exchange, exchange_settings
 from secure_mqtt.lines import InputLines
 from secure_mqtt.settings import Settings
-from secure_mqtt.signatures import Authority, Identity
 from secure_mqtt.streams import read_input, tell_of_input
-from secure_mqtt.suites import SUITES
 from secure_mqtt.topics.enquiries import Enquiries
 from secure_mqtt.topics.member import Member, PublishingMember, SubscribingMember
 from secure_mqtt.topics.messages import MAX_DATA_SIZE
+from secure_mqtt.topics.notary import Notary, as_authority, new_exchange
 from secure_mqtt.topics.output import Notes
 from secure_mqtt.topics.parts import Publication, Subscription
 from secure_mqtt.topics.publisher import check_size
-from secure_mqtt.topics.shell import Shell
+
+if TYPE_CHECKING:
+    from secure_mqtt.signatures import Identity
 
 
-def new_member(settings: Settings) -> Member:
+def new_member(settings: Settings, notary: Notary) -> Member:
     """Return the member that does what the settings ask for.
 
+    :param notary: one, or a worker that is one
     :raises ProgramError: a file can't be used, or the message can't be published
     """
-    SUITES[settings.suite].load()
-    arguments = exchange_settings(settings)
-    identity, authority = cast("tuple[Identity, Authority]", arguments[2:4])
-    enquiries = Enquiries(settings, partial(Exchange, *arguments))
+    notary.check()
+    enquiries = Enquiries(settings, partial(new_exchange, notary))
+    signer: Any = notary
+    identity, authority = cast("Identity", signer), as_authority(notary)
     if settings.command == "publish":
         return new_publisher(settings, enquiries, identity)
     if settings.command == "shell":
+        from secure_mqtt.topics.shell import Shell
+
         return Shell(settings, enquiries, identity, authority)
     notes = Notes()
     parts = [Subscription(settings, authority, topic, notes) for topic in settings.topics]

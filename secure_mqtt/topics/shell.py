@@ -6,12 +6,11 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from secure_mqtt.errors import ProgramError
 from secure_mqtt.log import PROGRAM
 from secure_mqtt.settings import Settings
-from secure_mqtt.signatures import Authority, Identity
 from secure_mqtt.streams import say
 from secure_mqtt.topics.commands import refusal, table
 from secure_mqtt.topics.enquiries import Enquiries
@@ -22,6 +21,9 @@ from secure_mqtt.topics.parts import Publication, Subscription
 from secure_mqtt.topics.prompt import Pipe, Terminal, terminal_as_it_was
 from secure_mqtt.topics.requests import write_request
 from secure_mqtt.topics.usage import HISTORY, check_number, checked_member, checked_topic
+
+if TYPE_CHECKING:
+    from secure_mqtt.signatures import Authority, Identity
 
 HELP = b"""\
 create TOPIC [MEMBER...]  make a topic, for you and the MEMBERs

@@ -295,7 +295,9 @@ def run_member(settings: "Settings") -> None:
     from secure_mqtt.lasting import Session
     from secure_mqtt.topics.roles import new_member
 
-    member = new_member(settings, cast("Notary", worker))
+    notary = cast("Notary", worker)
+    member = new_member(settings, notary)
+    notary.check()  # says before anybody hears of us if a file can't be used
     session = Session(settings, member)
     for number in STOP_SIGNALS if settings.command == "subscribe" else ():
         signal.signal(number, lambda *_: member.stop())

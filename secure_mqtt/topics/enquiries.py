@@ -103,7 +103,7 @@ class Enquiries:
             self._moved = now
         self._waiting.append(Enquiry(asker, ask))
 
-    def forget(self, asker: Asker) -> None:
+    def forget(self, asker: object) -> None:
         """Tell an asker no more."""
         self._waiting = deque(each for each in self._waiting if each.asker is not asker)
         self._sent = {name: each for name, each in self._sent.items() if each.asker is not asker}

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-import select
 import socket
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 from secure_mqtt.calls import timed_out
 from secure_mqtt.connection import LOOP_INTERVAL, Connection
 from secure_mqtt.errors import ProgramError
 from secure_mqtt.faults import LARGE_MESSAGE
 from secure_mqtt.lasting import Patience
-from secure_mqtt.lines import InputLines
-from secure_mqtt.log import log
 from secure_mqtt.mailboxes import Message
 from secure_mqtt.session import NUMBERED
 from secure_mqtt.settings import Settings
 from secure_mqtt.topics.commands import refusal
 from secure_mqtt.topics.enquiries import Enquiries
-from secure_mqtt.topics.keys import NEVER
-from secure_mqtt.topics.order import Received
-from secure_mqtt.topics.output import Notes, Output, counted, in_json, plain
-from secure_mqtt.topics.parts import Publication, Subscription, clock
+from secure_mqtt.topics.keys import NEVER, clock
 
 STOPPING_TIME = 2.0  # seconds to take leave of the broker
+
+
+class Part(Protocol):
+    """What a member does on one topic."""
+
+    topic: str
+    refusal: str  # why the keeper does not allow that; empty: it does
+    is_subscribed: bool  # whether it wants what is published there
+
+    def go_on(self, mqtt: Connection, enquiries: Enquiries) -> None:
+        """Do what can be done now."""
+
+    def next_time(self) -> float:
+        """Return when go_on() has to be called, of the clock, if nothing comes before."""
+
+    def interrupted(self) -> None:
+        """Note that the connection was lost."""
 
 
 class Member:
@@ -38,7 +48,7 @@ class Member:
         self._mqtt: Connection
         self._stopping, self._stop = socket.socketpair()
         self.stops_at = NEVER  # of time.monotonic(): then it is to be left as it is
-        self._parts: list[Publication | Subscription] = []
+        self._parts: list[Part] = []
         is_patient = settings.is_patient or settings.command == "shell"
         timeout = NEVER if is_patient else settings.timeout
         self.patience = Patience(NUMBERED.patience, timeout)
@@ -47,7 +57,7 @@ class Member:
     @property
     def subscriptions(self) -> list[str]:
         """The topics to subscribe to at the broker."""
-        shared = [part.topic for part in self._parts if isinstance(part, Subscription)]
+        shared = [part.topic for part in self._parts if part.is_subscribed]
         return self._enquiries.subscriptions + shared
 
     @property
@@ -115,7 +125,7 @@ class Member:
         while inbox and self._has_room():
             self._take(inbox.take())
 
-    def _refuse(self, part: Publication | Subscription) -> None:
+    def _refuse(self, part: Part) -> None:
         """Take that the keeper does not let us do something on a topic."""
         raise refusal(self._settings, part.refusal, part.topic)
 
@@ -151,117 +161,3 @@ class Member:
     def _take(self, message: Message) -> None:
         """Take a message."""
         self._enquiries.take(self._mqtt, message)
-
-
-class PublishingMember(Member):
-    """Publishes on a topic."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        enquiries: Enquiries,
-        publication: Publication,
-        lines: InputLines | None = None,
-    ) -> None:
-        """Take what to publish. lines: None: what was added already is all."""
-        super().__init__(settings, enquiries)
-        self._publication, self._lines = publication, lines
-        self._parts.append(publication)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is waited for."""
-        return self._publication.is_done
-
-    def _is_done(self) -> bool:
-        if not self._publication.is_done:
-            return False
-        # The broker has all. A single message need not wait for the keeper as well.
-        return not self._lines or (self._lines.has_ended and self._publication.is_settled())
-
-    def _things(self) -> tuple[list[Any], list[Any]]:
-        lines = self._lines
-        is_reading = lines and not lines.has_ended and self._publication.has_room()
-        return [lines] if is_reading else [], []
-
-    def _handle(self, thing: InputLines) -> None:
-        if self.is_idle:
-            self.patience.begin()
-        for line in thing.read():
-            self._publication.add(line)
-
-    def check(self) -> None:
-        """Say what the keeper may lack; raise ProgramError for an input that ended too early."""
-        if self._lines and (count := self._publication.unkept):
-            topic = self._publication.topic
-            log().warning(f"the keeper may not have kept the last {counted(count)} on {topic}")
-        if self._lines and self._lines.fault:
-            raise self._lines.fault
-
-
-class SubscribingMember(Member):
-    """Subscribes to topics, and shows their messages."""
-
-    def __init__(
-        self, settings: Settings, enquiries: Enquiries, parts: list[Subscription], notes: Notes
-    ) -> None:
-        """Take the topics. notes: where they say what they can't show."""
-        super().__init__(settings, enquiries)
-        self._parts.extend(parts)
-        self._subscribed = {part.topic: part for part in parts}
-        self._notes = notes
-        self._output = Output()
-        self._format: Callable[[Received], bytes]
-        self._format = in_json if settings.json else plain
-        self._left = settings.count or NEVER  # messages to show
-
-    def timed_out(self) -> ProgramError:
-        """Return the error for a time without messages."""
-        if not self._enquiries.has_answered:
-            return super().timed_out()
-        return ProgramError(f"no message came within {self._settings.timeout:g} s")
-
-    def _is_done(self) -> bool:
-        return not (self._left or self._output)
-
-    def _go_on(self) -> None:
-        super()._go_on()
-        for part in self._subscribed.values():
-            part.show(self._show)
-        if self._output and select.select([], [self._output], [], 0)[1]:
-            self._output.write()
-        self.is_printing = len(self._output) > 0
-        self._mqtt.pause(not self._output.has_room())
-        self._notes.dropped(self._mqtt.inbox.take_dropped())
-        if time.monotonic() >= self._notes.next_time():
-            self._say_notes()
-
-    def _say_notes(self) -> None:
-        self._notes.say()
-
-    def _things(self) -> tuple[list[Any], list[Any]]:
-        return [], [self._output] if self._output else []
-
-    def _handle(self, thing: Output) -> None:
-        thing.write()
-
-    def _has_room(self) -> bool:
-        return self._output.has_room() or all(part.has_room() for part in self._subscribed.values())
-
-    def _take(self, message: Message) -> None:
-        part = self._subscribed.get(message.topic)
-        if not part:
-            super()._take(message)
-        elif message.is_retained:
-            self._notes.refused(message.topic, "retained", 1)
-        else:
-            part.take(message.payload)
-
-    def _show(self, message: Received) -> bool:
-        """Show a message, if there is room; tell whether there was."""
-        if not self._left or not self._output.has_room():
-            return False
-        self._left -= 1
-        self._output.put(self._format(message))
-        self.patience.begin()
-        return True

@@ -261,6 +261,18 @@ def write_request(do: str, *values: Any) -> bytes:
     return to_json({"do": do, **{name: each for name, each in fields if each is not None}})
 
 
+class Ask(NamedTuple):
+    """What a member asks the keeper of its topic."""
+
+    do: str  # join, sender or history
+    topic: str
+    detail: Any = None  # the third field of the request
+
+    def __bytes__(self) -> bytes:
+        """Return the request."""
+        return write_request(self.do, self.topic, self.detail)
+
+
 def read_request(data: bytes) -> tuple[str, dict[str, Any]]:
     """Return what a member asks for, and the fields that belong to it.
 

@@ -14,12 +14,14 @@ from secure_mqtt.settings import Settings
 from secure_mqtt.streams import say
 from secure_mqtt.topics.commands import refusal, table
 from secure_mqtt.topics.enquiries import Enquiries
-from secure_mqtt.topics.member import SubscribingMember
+from secure_mqtt.topics.member import Part
 from secure_mqtt.topics.order import Received
 from secure_mqtt.topics.output import Notes, for_people
-from secure_mqtt.topics.parts import Publication, Subscription
 from secure_mqtt.topics.prompt import Pipe, Terminal, terminal_as_it_was
+from secure_mqtt.topics.publication import Publication
 from secure_mqtt.topics.requests import write_request
+from secure_mqtt.topics.subscribing import SubscribingMember
+from secure_mqtt.topics.subscription import Subscription
 from secure_mqtt.topics.usage import HISTORY, check_number, checked_member, checked_topic
 
 if TYPE_CHECKING:
@@ -152,16 +154,14 @@ class Shell(SubscribingMember):
         with self._source.torn():
             super()._say_notes()
 
-    def _refuse(self, part: Publication | Subscription) -> None:
+    def _refuse(self, part: Part) -> None:
         self._forget(part)
         self._attempt(partial(fail, refusal(self._settings, part.refusal, part.topic)))
 
-    def _forget(self, part: Publication | Subscription) -> None:
+    def _forget(self, part: Part) -> None:
         self._parts.remove(part)
         self._enquiries.forget(part)
-        parts: dict[str, Any] = (
-            self._publications if isinstance(part, Publication) else self._subscribed
-        )
+        parts: dict[str, Any] = self._subscribed if part.is_subscribed else self._publications
         del parts[part.topic]
 
     # --- commands ------------------------------------------------------------------------------

@@ -69,8 +69,11 @@ def build_parser(help_text: str, version: str) -> Parser:
     seconds = checked(float, lambda value: 0 < value <= MAX_TIMEOUT, time_span)
     add("-W", "--timeout", type=seconds)
     add("--rekey", type=seconds)
-    day = f"a number of seconds from {MIN_ROTATION:g} to {MAX_ROTATION:g}"
-    add("--rotate", type=checked(float, lambda value: MIN_ROTATION <= value <= MAX_ROTATION, day))
+    interval = f"a number of seconds from {MIN_ROTATION:g} to {MAX_ROTATION:g}"
+    add(
+        "--rotate",
+        type=checked(float, lambda value: MIN_ROTATION <= value <= MAX_ROTATION, interval),
+    )
     suites = " or ".join(SUITES)
     add("--suite", type=checked(str, SUITES.__contains__, suites))
     add("-h", "--host", type=host)

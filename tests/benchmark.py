@@ -1308,6 +1308,8 @@ class Joiners(BareClient):
         joined = 0
         for topic, payload in self.receive():
             name, action, _ = topic.decode().split("/")
+            if name not in self._started:
+                continue
             if action == KEY_EXCHANGE:
                 self._exchanges[name].agree(payload)
                 self._join(name)

@@ -37,6 +37,8 @@ from secure_mqtt.suites import SUITES, UnavailableError
 from secure_mqtt.terminal import is_at_terminal
 
 if TYPE_CHECKING:  # else loaded where it is used: --help and usage errors need no network
+    from collections.abc import Callable
+
     from secure_mqtt.connection import Connection
     from secure_mqtt.exchange import Exchange
     from secure_mqtt.responder import Responder
@@ -48,6 +50,12 @@ HELP = """\
 usage: secure_mqtt_client.py [options] NETID ACTION MESSAGE
        secure_mqtt_client.py [options] --lines NETID ACTION -
        secure_mqtt_client.py [options] --respond [NETID]
+       secure_mqtt_client.py [options] NETID create TOPIC [MEMBER...]
+       secure_mqtt_client.py [options] NETID admit|remove TOPIC MEMBER...
+       secure_mqtt_client.py [options] NETID publish TOPIC MESSAGE
+       secure_mqtt_client.py [options] --lines NETID publish TOPIC -
+       secure_mqtt_client.py [options] NETID subscribe TOPIC...
+       secure_mqtt_client.py [options] NETID topics|shell
 
 Send a text over MQTT to a responder that transforms it, and print the answer.
 The text is encrypted from end to end: no broker that reads along learns it.
@@ -80,12 +88,33 @@ responder:
   --rotate SECONDS       with --keep: renew the key of each topic so often
                          (default: 3600)
 
+topics that many share; a responder with --keep hands their keys to members:
+(needs --identity and --peer-ca; --suite is mlkem768x25519 (default) or x25519)
+  create TOPIC           make one, for NETID and the MEMBERs, who are NetIDs
+  admit, remove          let MEMBERs in, or keep them out; for its owner only
+  topics                 list those that NETID is a member of: name, owner and
+                         members, with tabs between these
+  publish TOPIC          send MESSAGE, any bytes, to all members; with --lines
+                         each line as soon as it is read, as long as there are
+                         any; -W is the time without progress (default with
+                         --lines: for ever)
+  subscribe TOPIC        print what members publish, the earlier messages first,
+                         until SIGINT or SIGTERM; -W is the time without any
+                         (default: for ever)
+  shell                  do all this by commands from standard input
+  --history COUNT        for create: how many messages are kept for who comes
+                         later (default: 100; 0: none); for subscribe: how many
+                         of those to print (default: all)
+  --json                 for subscribe: print each message as an object in JSON,
+                         with its time, topic and sender
+  -C, --count COUNT      for subscribe: end after so many messages
+
 broker:
   -h, --host HOST        (lab) its name or address (default: localhost)
   -p, --port PORT        (lab) its TCP port (default: 1884, with TLS 8883)
   -i, --id ID            our MQTT client ID (default: NETID, as in the lab; with
-                         --cert or --username NETID, a hyphen and 16 random
-                         digits; for a responder a random one)
+                         --cert or --username, and for topics, NETID, a hyphen
+                         and 16 random digits; for a responder a random one)
   -u, --username NAME    log in under this name (default: MQTT_USERNAME in the
                          environment)
   --password-file FILE   take the password from FILE, or with - ask for it at
@@ -121,8 +150,9 @@ other:
   --version              print the version
 
 exit status:
-  0 the answer was printed whole; 1 it was not; 2 wrong usage; 130 Ctrl-C;
-  a responder that SIGINT or SIGTERM stops ends with 0
+  0 the answer was printed whole, or what was asked for was done; 1 it was not;
+  2 wrong usage; 130 Ctrl-C; responder and subscribe end with 0 when SIGINT or
+  SIGTERM stops them
 
 It needs Python 3.10 or newer, on Linux or macOS.
 
@@ -168,6 +198,15 @@ def request(
 
 def run_request(settings: "Settings") -> None:
     """Send a request and print the response."""
+    write_output(answer_to(settings, read_message) + b"\n")
+
+
+def answer_to(settings: "Settings", read_text: "Callable[[Settings], bytes]") -> bytes:
+    """Send a request and return the response.
+
+    :param read_text: returns what to send
+    :raises ProgramError: there is no response
+    """
     from secure_mqtt.exchange import new_exchange
     from secure_mqtt.workers import Worker, supervise
 
@@ -183,15 +222,14 @@ def run_request(settings: "Settings") -> None:
     exchange.request()  # says before anybody hears of us if there can be none
     worker.tell("load")
     with services(settings):
-        texts = [read_message(settings)]
+        texts = [read_text(settings)]
         mqtt = Connection(settings)
         end = time.monotonic() + settings.timeout
         try:
             with notice(mqtt):
-                answer = supervise(partial(request, mqtt, settings, exchange, texts), lambda: end)
+                return supervise(partial(request, mqtt, settings, exchange, texts), lambda: end)
         except TimeoutError:
             raise timed_out(mqtt, settings) from None
-    write_output(answer + b"\n")
 
 
 def services(settings: "Settings") -> contextlib.AbstractContextManager[None]:
@@ -210,19 +248,22 @@ def run_session(settings: "Settings") -> None:
     """Send the lines of standard input and print the responses."""
     begin_log(settings)
     from secure_mqtt.exchange import Exchange, exchange_settings
-    from secure_mqtt.session import Session
+    from secure_mqtt.lasting import Session
+    from secure_mqtt.session import Dialogue
     from secure_mqtt.workers import supervise
 
     SUITES[settings.suite].load()
     new_exchange = partial(Exchange, *exchange_settings(settings))
     tell_of_input("lines")
     with services(settings):
-        session = Session(settings, new_exchange)
+        dialogue = Dialogue(settings, new_exchange)
+        session = Session(settings, dialogue)
         try:
             supervise(session.run, session.end)
+            dialogue.check_input()
         except (ProgramError, TimeoutError) as error:
             fault = error if isinstance(error, ProgramError) else session.timed_out()
-            raise ProgramError(f"line {session.first}: {fault}", fault.hint) from None
+            raise ProgramError(f"line {dialogue.window.first}: {fault}", fault.hint) from None
 
 
 def run_responder(settings: "Settings") -> None:
@@ -260,6 +301,50 @@ def heed_hangup(responder: "Responder") -> None:
     signal.signal(signal.SIGHUP, heed)
 
 
+def run_member(settings: "Settings") -> None:
+    """Publish on topics, or subscribe to them."""
+    from secure_mqtt.topics.notary import Notary
+    from secure_mqtt.workers import Worker, supervise
+
+    worker = Worker(partial(Notary, settings))  # before there are threads, as for a request
+    begin_log(settings)
+    from secure_mqtt.connection import load_paho
+
+    load_paho()
+    from secure_mqtt.lasting import Session
+    from secure_mqtt.topics.roles import new_member
+
+    notary = cast("Notary", worker)
+    member = new_member(settings, notary)
+    notary.check()  # says before anybody hears of us if a file can't be used
+    session = Session(settings, member)
+    for number in STOP_SIGNALS if settings.command == "subscribe" else ():
+        signal.signal(number, lambda *_: member.stop())
+    try:
+        with member.surroundings():
+            supervise(session.run, lambda: min(session.end(), member.stops_at))
+        member.check()
+    except TimeoutError:
+        if not member.is_stopped:
+            raise session.timed_out() from None
+
+
+def run_command(settings: "Settings") -> None:
+    """Let a keeper of topics do something, and print what it lists."""
+    answer = answer_to(settings, question_of)
+    from secure_mqtt.topics.commands import shown
+
+    if output := shown(settings, answer):
+        write_output(output)
+
+
+def question_of(settings: "Settings") -> bytes:
+    """Return the request to the keeper."""
+    from secure_mqtt.topics.commands import question
+
+    return question(settings)
+
+
 # --- main --------------------------------------------------------------------------------------
 
 
@@ -275,6 +360,17 @@ def begin_log(settings: "Settings") -> None:
 def settings_from(arguments: list[str]) -> "Settings":
     """Return what these arguments mean. UsageError if they are wrong."""
     return parse_settings(arguments, HELP, __version__)
+
+
+def role_of(settings: "Settings") -> "Callable[[Settings], None]":
+    """Return the function that does what the settings ask for."""
+    if settings.respond:
+        return run_responder
+    if settings.command in ("publish", "subscribe", "shell"):
+        return run_member
+    if settings.command:
+        return run_command
+    return run_session if settings.lines else run_request
 
 
 def report(error: ProgramError) -> int:
@@ -295,8 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         settings = settings_from(sys.argv[1:] if argv is None else argv)
-        run = run_session if settings.lines else run_request
-        (run_responder if settings.respond else run)(settings)
+        role_of(settings)(settings)
     except ProgramError as error:
         return report(error)
     except ImportError as error:

@@ -1,9 +1,10 @@
-"""Certificates (RFC 5280): how many and how large, and when they end."""
+"""Certificates (RFC 5280): how many and how large, when they end, and what is signed with them."""
 
 from __future__ import annotations
 
 import time
 from datetime import datetime, timezone
+from typing import NamedTuple
 
 from crypto import CERTIFICATE, from_der, from_pem
 
@@ -13,6 +14,22 @@ MAX_CERTIFICATE_SIZE = 8192  # bytes of DER; most have less than 2,000
 # such a chain, 1,830 for keys of ML-KEM-768 and X25519, 782 for a signature by RSA of 4096 bits.
 MAX_EXCHANGE_SIZE = 40 * 1024
 UTC_TIME = 0x17  # a tag in DER (X.690)
+
+
+class Validity(NamedTuple):
+    """When all certificates are valid, from a signer's to an authority's own."""
+
+    begins: float  # in seconds since 1970
+    ends: float
+
+    def holds_at(self, moment: float) -> bool:
+        """Tell whether they are valid at a time, in seconds since 1970."""
+        return self.begins <= moment <= self.ends
+
+
+def join_fields(*fields: bytes) -> bytes:
+    """Return fields joined, each after its length in 4 bytes, so that none can pass for another."""
+    return b"".join(len(field).to_bytes(4, "big") + field for field in fields)
 
 
 def ends(certificate: bytes) -> float:

@@ -11,12 +11,13 @@ from functools import partial
 from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
-from secure_mqtt.actions import ACTIONS, NETID
+from secure_mqtt.actions import ACTIONS, COMMANDS, NETID
 from secure_mqtt.errors import UsageError
 from secure_mqtt.log import PROGRAM
 from secure_mqtt.settings import DEFAULT_PEER_NAME, Settings, client_id, read_password
 from secure_mqtt.streams import is_utf8, write_output
 from secure_mqtt.suites import SUITES
+from secure_mqtt.topics.names import MAX_HISTORY
 
 DEFAULT_PORT = 1884  # the lab's
 DEFAULT_TLS_PORT = 8883  # secure-mqtt, as registered with IANA
@@ -84,7 +85,10 @@ def build_parser(help_text: str, version: str) -> Parser:
     add("--peer-name", type=checked(str, DNS_NAME.fullmatch, "a DNS name"))
     add("-u", "--username", type=checked(str, is_mqtt_string, "UTF-8 text"))
     add("--status-topic", type=checked(str, is_topic, "a topic without + and #"))
-    for option in ("--respond", "--local", "--lines", "--tls", "--insecure"):
+    kept = f"a number from 0 to {MAX_HISTORY}"
+    add("--history", type=checked(decimal, lambda value: 0 <= value <= MAX_HISTORY, kept))
+    add("-C", "--count", type=checked(decimal, lambda value: value > 0, "a number from 1 on"))
+    for option in ("--respond", "--local", "--lines", "--json", "--tls", "--insecure"):
         add(option, action="store_true")
     add("--config", type=checked(str, bool, "a file's name"), action="append")
     add("-v", "--verbose", action="store_true")
@@ -201,6 +205,10 @@ def check_combination(settings: Settings, words: Sequence[str]) -> None:
     """Refuse arguments that are right one by one, but not together."""
     if settings.respond:
         check_responder(settings, words)
+    elif words[1:] and words[1] in COMMANDS:
+        from secure_mqtt.topics.usage import check_command
+
+        check_command(settings, words)
     else:
         check_request(settings, words)
     if settings.local and settings.uses_tls:
@@ -225,8 +233,8 @@ def check_responder(settings: Settings, words: Sequence[str]) -> None:
         )
     if settings.rotate and not settings.keep:
         raise UsageError("--rotate is for --keep: how often the keys of its topics are renewed")
-    for option in ("suite", "lines", "rekey", "peer_name"):
-        if getattr(settings, option):
+    for option in ("suite", "lines", "rekey", "peer_name", "json", "count", "history"):
+        if getattr(settings, option) != getattr(Settings, option):
             name = option.replace("_", "-")
             raise UsageError(f"--respond answers requests as they come; --{name} is for a request")
 
@@ -240,6 +248,8 @@ def check_request(settings: Settings, words: Sequence[str]) -> None:
     for option in ("status_topic", "keep", "rotate"):
         if getattr(settings, option):
             raise UsageError(f"--{option.replace('_', '-')} is for --respond")
+    if settings.history is not None or settings.json or settings.count:
+        raise UsageError("--history, --json and --count are for topics that many share")
     if settings.lines and words[2] != "-":
         raise UsageError("--lines sends the lines of standard input; give - as MESSAGE")
     if settings.rekey and not settings.lines:
@@ -253,9 +263,9 @@ def check_request(settings: Settings, words: Sequence[str]) -> None:
 
 
 def check_words(settings: Settings, words: Sequence[str]) -> None:
-    """Take NETID, ACTION and MESSAGE. UsageError if one is wrong."""
-    settings.netid, settings.action, message = (*words, "", "", "")[:3]
-    netid, action = settings.netid, settings.action
+    """Take NETID, ACTION and MESSAGE, or what a command has. UsageError if one is wrong."""
+    settings.netid, action, message = (*words, "", "", "")[:3]
+    netid = settings.netid
     if words and not NETID.fullmatch(netid):
         raise UsageError(
             "NETID must be one level of a topic: 1 to 64 characters without / + #, controls, and $"
@@ -266,11 +276,17 @@ def check_words(settings: Settings, words: Sequence[str]) -> None:
             "--identity and --peer-ca need a NETID that a certificate can name: 1 to 63 letters,"
             f" digits and inner hyphens; not {netid[:80]!r}"
         )
+    if words[1:] and action in COMMANDS:
+        from secure_mqtt.topics.usage import take_command
+
+        take_command(settings, action, words[2:])
+        return
+    settings.action = action
     if words[1:] and action not in ACTIONS:
         from secure_mqtt.hints import suggestion
 
         problem = f"ACTION must be one of {', '.join(ACTIONS)}; not {action[:80]!r}"
-        raise UsageError(problem, suggestion(action[:80], ACTIONS))
+        raise UsageError(problem, suggestion(action[:80], ACTIONS + COMMANDS))
     if not is_typed_utf8(message):
         raise UsageError("MESSAGE must be UTF-8 text")
     settings.message = None if message == "-" else os.fsencode(message)  # as typed, in any locale
@@ -278,8 +294,9 @@ def check_words(settings: Settings, words: Sequence[str]) -> None:
 
 def fill_in(settings: Settings) -> None:
     """Put the defaults where nothing was given, and read the login."""
+    settings.is_patient = settings.is_patient and not settings.timeout
     settings.timeout = settings.timeout or DEFAULT_TIMEOUT
-    settings.suite = settings.suite or "dh4096"
+    settings.suite = settings.suite or ("mlkem768x25519" if settings.command else "dh4096")
     settings.rotate = settings.rotate or DEFAULT_ROTATION
     settings.host = settings.host or "localhost"
     settings.port = settings.port or (DEFAULT_TLS_PORT if settings.uses_tls else DEFAULT_PORT)

@@ -40,6 +40,7 @@ class Network:
     def __init__(self, client: paho.Client, inbox: Inbox, uses_tls: bool) -> None:
         """Take the client, and where its callbacks put what comes."""
         self.owed: list[int] = []  # the packet identifiers of what came in, to be acknowledged
+        self.is_paused = False  # whether that has to wait, so that the broker waits, too
         self._client = client
         self._inbox = inbox
         self._uses_tls = uses_tls
@@ -48,15 +49,17 @@ class Network:
         self._is_full = False  # whether as much was read as may be at a time: then there is more
         client._sock_recv = partial(self._receive, client._sock_recv)  # type: ignore[method-assign]
 
-    def step(self, others: Sequence[Any], has_work: bool) -> list[Any]:
-        """Read and write what can be, once something can or for LOOP_INTERVAL.
+    def step(self, others: Sequence[Any], seconds: float, output: Sequence[Any] = ()) -> list[Any]:
+        """Read and write what can be, once something can or after a time.
 
         :param others: things that select() takes, to be waited for as well
-        :param has_work: whether to come back at once
-        :return: those of them that can be read
+        :param seconds: the time, but LOOP_INTERVAL at most
+        :param output: other things, to be waited for until they can be written
+        :return: those of both that are ready
         :raises Exception: whatever paho raises; ConnectionError if the connection has ended
         """
-        self.acknowledge()
+        if not self.is_paused:
+            self.acknowledge()
         client = self._client
         client.loop_misc()  # keep-alive: closes a connection that is dead
         sock: Any = client.socket()
@@ -65,9 +68,11 @@ class Network:
         # A broker that does not read is not read from: what it makes us owe would pile up.
         to_read, to_write = ([], [sock]) if client.want_write() else ([sock], [])
         is_pending = bool(to_read and (self._unread or is_decrypted(sock)))
-        timeout = 0 if has_work or is_pending else LOOP_INTERVAL
-        readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
-        code = client.loop_write() if writable else 0
+        timeout = 0 if is_pending else max(0, min(seconds, LOOP_INTERVAL))
+        readable, writable, _ = select.select(
+            [*to_read, *others], [*to_write, *output], [], timeout
+        )
+        code = client.loop_write() if sock in writable else 0
         if sock in readable or is_pending:
             code = self._read()
             if self._uses_tls:  # its session tickets are no packets that paho tells of
@@ -76,9 +81,7 @@ class Network:
             import paho.mqtt.client as paho
 
             raise ConnectionError(paho.error_string(code).rstrip("."))
-        if sock in readable:
-            readable.remove(sock)
-        return readable
+        return [ready for ready in readable + writable if ready is not sock]
 
     def _read(self) -> int:
         """Read what has come, but not for long: a flood shall not keep its answers waiting.
@@ -105,7 +108,14 @@ class Network:
         self._unread = max(0, self._unread - size)
         return self._received.read(size)
 
-    def publish(self, outbox: Outbox, topic: str, payload: bytes, retain: bool) -> bool:
+    def publish(
+        self,
+        outbox: Outbox,
+        topic: str,
+        payload: bytes,
+        retain: bool,
+        receipt: Callable[[], None] | None,
+    ) -> bool:
         """Publish at QoS 1. False if that can't be done."""
         try:
             publication = self._client.publish(topic, payload, QOS, retain)
@@ -113,7 +123,7 @@ class Network:
             return False
         if publication.rc and self._client.socket():
             return False
-        outbox.add(publication.mid, len(payload))  # also what has ended the connection
+        outbox.add(publication.mid, len(payload), receipt)  # also what has ended the connection
         return not publication.rc
 
     def close(self, is_orderly: bool) -> None:
@@ -233,10 +243,19 @@ class Connection:
         """Let the broker send nothing more of a topic; what is under way still comes."""
         self._client.unsubscribe(topic)
 
-    def publish(self, topic: str, payload: bytes, retain: bool = False) -> bool:
-        """Publish at QoS 1. False: too large, too much in flight, or no broker."""
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        retain: bool = False,
+        receipt: Callable[[], None] | None = None,
+    ) -> bool:
+        """Publish at QoS 1. False: too large, too much in flight, or no broker.
+
+        :param receipt: what outbox.receipts gets when the broker has acknowledged it, if anything
+        """
         return self.outbox.has_room(len(payload)) and self._network.publish(
-            self.outbox, topic, payload, retain
+            self.outbox, topic, payload, retain, receipt
         )
 
     def flush(self) -> None:
@@ -245,21 +264,34 @@ class Connection:
             self.wait()
             self.inbox.clear()  # nobody takes them any more
 
-    def wait(self, others: Sequence[Any] = (), is_busy: bool = False) -> list[Any]:
+    def pause(self, is_paused: bool) -> None:
+        """Leave in the inbox what comes, and let the broker wait for acknowledgements, or go on."""
+        self._network.is_paused = is_paused
+
+    def wait(
+        self,
+        others: Sequence[Any] = (),
+        is_busy: bool = False,
+        seconds: float = LOOP_INTERVAL,
+        output: Sequence[Any] = (),
+    ) -> list[Any]:
         """Let the network go on until something comes, or for LOOP_INTERVAL.
 
         :param others: things that select() takes, to be waited for as well
         :param is_busy: whether to come back at once
-        :return: those of them that can be read
+        :param seconds: after which to come back anyway
+        :param output: things that are waited for until they can be written
+        :return: those of both that are ready
         :raises ProgramError: the connection has ended
         :raises TimeoutError: so has the patience
         """
-        readable: list[Any] = []
+        ready: list[Any] = []
         if self._failure:
             raise self._failure
         try:
-            has_work = is_busy or bool(self.inbox and self._granted)
-            readable = self._network.step(others, has_work)
+            has_work = self.inbox and self._granted and not self._network.is_paused
+            timeout = 0 if is_busy or has_work else seconds
+            ready = self._network.step(others, timeout, output)
         except Exception as error:
             # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
             self._failure = explain(error, self.stage, self._settings, self.outbox.largest)
@@ -268,7 +300,7 @@ class Connection:
                 raise self._failure from None
         if time.monotonic() > self.patience_ends:
             raise TimeoutError("no answer came")
-        return readable
+        return ready
 
     def next_message(self) -> Message:
         """Wait for a message, and take it. ProgramError: the connection has ended."""

@@ -17,14 +17,14 @@ class Channel:
 
     def __init__(self, cipher: Cipher) -> None:
         """Take the cipher of an exchange."""
-        self._cipher = cipher
+        self.cipher = cipher
         self.sent = 0  # requests
         self._awaited: dict[int, int] = {}  # their names, by number, as long as they wait
         self._known: dict[bytes, str] = {}  # digests, each with what to say if it comes again
 
     def seal(self, topic: str, plaintext: bytes, name: int = 0) -> bytes:
         """Return the next encrypted request, for a topic; name: by which the caller knows it."""
-        message = self._cipher.seal(topic, self.sent, plaintext)
+        message = self.cipher.seal(topic, self.sent, plaintext)
         self._awaited[self.sent] = name
         self._known[digest(message)] = "our own message handed back"
         self.sent += 1
@@ -38,7 +38,7 @@ class Channel:
         message_digest = digest(message)
         if problem := self._known.get(message_digest):  # one key may serve both directions
             raise TokenError(problem)
-        number, plaintext = self._cipher.open(topic, message)
+        number, plaintext = self.cipher.open(topic, message)
         if number is None:  # then one request is sent at a time
             number = self.sent - 1
         if number not in self._awaited:

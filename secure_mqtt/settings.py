@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from crypto import KeyFileError
@@ -26,8 +26,15 @@ class Settings(argparse.Namespace):
 
     netid = ""  # for a responder: every NetID
     action = ""
-    message: bytes | None = None  # UTF-8; None: standard input
+    command = ""  # one of COMMANDS, or none
+    topics: Sequence[str] = ()
+    members: Sequence[str] = ()  # to create a topic with, to admit or to remove
+    history: int | None = None  # messages to be kept, or to be shown of these; None: all
+    json = False
+    count = 0  # messages until subscribe ends
+    message: bytes | None = None  # UTF-8, if for a request; None: standard input
     timeout = 0.0  # seconds
+    is_patient = False  # whether it goes on for ever, since no timeout was given
     suite = ""
     lines = False
     rekey = 0.0  # seconds
@@ -123,7 +130,7 @@ def client_id(settings: Settings) -> str:
     """
     if settings.respond:
         return ""  # it takes one for each connection
-    if settings.cert or settings.username:
+    if settings.cert or settings.username or settings.command:
         return f"{settings.netid}-{os.urandom(8).hex()}"
     return settings.netid
 

@@ -23,7 +23,9 @@ from secure_mqtt.certificates import (
     MAX_CERTIFICATE_SIZE,
     MAX_CHAIN,
     MAX_EXCHANGE_SIZE,
+    Validity,
     has_expired,
+    join_fields,
 )
 from secure_mqtt.suites import key_blocks
 
@@ -58,17 +60,6 @@ CERTIFICATE_ERRORS = (
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
-
-
-class Validity(NamedTuple):
-    """When all certificates are valid, from a signer's to an authority's own."""
-
-    begins: float  # in seconds since 1970
-    ends: float
-
-    def holds_at(self, moment: float) -> bool:
-        """Tell whether they are valid at a time, in seconds since 1970."""
-        return self.begins <= moment <= self.ends
 
 
 class Signer(NamedTuple):
@@ -337,11 +328,6 @@ def _signed_bytes(payload: bytes, netid: str, request: bytes | None) -> bytes:
     if request is not None:
         fields = [RESPONSE_LABEL, *fields[1:], digest(request)]
     return join_fields(*fields)
-
-
-def join_fields(*fields: bytes) -> bytes:
-    """Return fields joined, each after its length in 4 bytes, so that none can pass for another."""
-    return b"".join(len(field).to_bytes(4, "big") + field for field in fields)
 
 
 def _signature_scheme(key: Any) -> tuple[Any, ...]:

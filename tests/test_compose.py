@@ -48,10 +48,13 @@ class Deployment:
             env=self.env,
         )
 
-    def ask(self, *options: str) -> str:
-        """Send a request from a container of its own; return the answer, empty if none came."""
-        words = [*options, "alice", "uppercase", "hello"]
+    def client(self, *words: str) -> str:
+        """Run the program in a container of its own; return its standard output."""
         return self.attempt("run", "--rm", "-T", "client", *words).stdout
+
+    def ask(self, *options: str) -> str:
+        """Send a request; return the answer, empty if none came."""
+        return self.client(*options, "alice", "uppercase", "hello")
 
     def session(self) -> subprocess.Popen[str]:
         """Begin a session in a container of its own."""
@@ -201,6 +204,14 @@ def test_after_a_service_was_killed_requests_are_answered_again(
     clock = Clock()
     wait_until(lambda: deployment.ask("-W", "3") == "HELLO\n")
     report(f"{service} killed: an answer after {clock():.1f} s")
+
+
+def test_what_was_published_outlasts_the_keepers_end(deployment: Deployment) -> None:
+    topic = "shared/news"
+    assert deployment.compose("run", "--rm", "-T", "client", "alice", "create", topic) == ""
+    assert deployment.compose("run", "--rm", "-T", "client", "alice", "publish", topic, "one") == ""
+    os.kill(int(deployment.inspect("responder", "{{.State.Pid}}")), signal.SIGKILL)
+    wait_until(lambda: deployment.client("-W", "5", "-C1", "alice", "subscribe", topic) == "one\n")
 
 
 def test_all_certificates_are_renewed_while_requests_go_on(

@@ -222,6 +222,8 @@ def test_a_message_that_the_keeper_lacks_too_is_asked_for_three_times_and_missed
     lose_one(alice, bob, 2)
     world.inbox.pop()
     say(alice, 3)
+    alice.reach_broker()
+    world.inbox.pop()  # else it is plain that the keeper has not got those before it either
     begin, before = world.now, len(bob.asked)
     while not bob.missed and world.now < begin + 10:
         assert bob.texts == said(0)
@@ -231,6 +233,23 @@ def test_a_message_that_the_keeper_lacks_too_is_asked_for_three_times_and_missed
     assert bob.texts == said(0, 3)
     assert {ask.do for ask in bob.asked[before:]} == {"history"}
     assert [time - begin for time in bob.asked_at[before:]] == [0, 1, 3]
+
+
+def test_what_is_missing_before_a_message_that_the_keeper_has_is_not_asked_for_again(
+    world: World,
+) -> None:
+    alice, bob = world.writer("alice"), world.reader("bob")
+    say(alice, 0)
+    world.flow()
+    world.wait(1)
+    lose_one(alice, bob, 1)
+    world.inbox.pop()
+    say(alice, 2)
+    alice.reach_broker()
+    world.keep()
+    world.flow()
+    assert bob.texts == said(0, 2)
+    assert bob.missed == [("alice", 1)]
 
 
 def test_a_message_that_waits_for_a_keeper_that_is_away_is_shown_in_the_end(world: World) -> None:

@@ -40,11 +40,11 @@ from secure_mqtt.topics.messages import (
     MessageError,
     SessionKey,
     Stream,
-    is_topic,
     read_head,
     read_hello,
     session_of,
 )
+from secure_mqtt.topics.names import is_topic
 from secure_mqtt.topics.requests import (
     RefusedError,
     RequestError,

@@ -19,9 +19,9 @@ from secure_mqtt.topics.keys import Keys
 from secure_mqtt.topics.messages import SessionKey
 from secure_mqtt.topics.order import Received
 from secure_mqtt.topics.publisher import Publisher, Receipt
-from secure_mqtt.topics.requests import RefusedError
+from secure_mqtt.topics.requests import Ask, RefusedError
 from secure_mqtt.topics.senders import Senders
-from secure_mqtt.topics.subscriber import Ask, Subscriber
+from secure_mqtt.topics.subscriber import Subscriber
 
 INTERVAL = 600.0  # seconds between rotations
 

@@ -28,8 +28,8 @@ from secure_mqtt.topics.messages import (
     read_hello,
     session_of,
 )
+from secure_mqtt.topics.names import MAX_MEMBERS
 from secure_mqtt.topics.requests import (
-    MAX_MEMBERS,
     MAX_NUMBER,
     RefusedError,
     RequestError,

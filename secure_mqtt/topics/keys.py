@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 
 from secure_mqtt.topics.messages import Epoch
@@ -11,6 +12,13 @@ from secure_mqtt.topics.requests import Joined
 ASK_INTERVAL = 1.0  # seconds at least between two requests for keys, whatever the broker sends
 MAX_SPREAD = 20.0  # seconds over which members spread their requests
 NEVER = float("inf")
+# On Linux, the one that goes on while the machine sleeps; that of macOS does.
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def clock() -> float:
+    """Return the seconds since some moment, those of sleep included."""
+    return time.clock_gettime(CLOCK)
 
 
 class Keys:

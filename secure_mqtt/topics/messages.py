@@ -9,7 +9,6 @@ introduces it: the session's public key, signed with the member's certificate.
 from __future__ import annotations
 
 import os
-import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -17,8 +16,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from crypto import PUBLIC_KEY, KeyFileError, PeerKeyError, TokenError, derive_key, digest, to_pem
-from secure_mqtt.signatures import Validity, join_fields
+from secure_mqtt.certificates import Validity, join_fields
 from secure_mqtt.suites import TAG_SIZE, key_blocks
+from secure_mqtt.topics.names import MEMBER
 
 if TYPE_CHECKING:
     from secure_mqtt.signatures import Authority, Identity
@@ -45,11 +45,6 @@ SIZES = {
     HELLO: (HELLO_HEAD + TAG_SIZE, HELLO_HEAD + TAG_SIZE + MAX_HELLO_SIZE),
     NOTICE: (NOTICE_SIZE, NOTICE_SIZE),
 }
-# One that a certificate can name: 1 to 63 letters, digits and inner hyphens (RFC 1123, 2.1).
-MEMBER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
-TOPIC = re.compile(r"(?!\$)[^+#\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
-MAX_TOPIC_SIZE = 512  # bytes
-RESERVED_ENDS = "/request", "/response"  # of the lab's topics
 
 
 class MessageError(TokenError):
@@ -58,15 +53,6 @@ class MessageError(TokenError):
 
 class HelloError(PeerKeyError):
     """A hello does not introduce who it says it does."""
-
-
-def is_topic(text: str) -> bool:
-    """Tell whether a topic can be shared."""
-    return (
-        TOPIC.fullmatch(text) is not None
-        and len(text.encode()) <= MAX_TOPIC_SIZE
-        and not text.endswith(RESERVED_ENDS)
-    )
 
 
 class Head(NamedTuple):

@@ -14,8 +14,11 @@ from secure_mqtt.topics.requests import Joined
 WINDOW, WINDOW_BYTES = 1_000, 2**20  # messages that the broker has not acknowledged yet
 # Acknowledged messages that are kept to be sent again, should the keeper not have them.
 MAX_KEPT, MAX_KEPT_BYTES = 20_000, 2**24
+# Of these, so many that the keeper is waited for: it shall have them before their epoch is over.
+PACE, PACE_BYTES = 4_000, 2**22
 CHECK_INTERVAL = 10.0  # seconds
-PATIENCE = 30.0  # seconds to wait for a keeper that has got so far behind; then they are forgotten
+PACE_PATIENCE = 3.0  # seconds to wait for a keeper that gets no further, which may be away
+PATIENCE = 30.0  # seconds to wait for it when no more can be kept; then the oldest are forgotten
 
 
 class Line:
@@ -56,7 +59,11 @@ class Tally:
 
     def is_full(self, more: int = 0, more_bytes: int = 0) -> bool:
         """Tell whether there should be no further ones, once there are more."""
-        return self.count + more >= self._most or self._bytes + more_bytes >= self._most_bytes
+        return self.exceeds(self._most - more, self._most_bytes - more_bytes)
+
+    def exceeds(self, count: int, size: int) -> bool:
+        """Tell whether there are so many lines, or so many bytes of them."""
+        return self.count >= count or self._bytes >= size
 
 
 class Window:
@@ -86,6 +93,15 @@ class Window:
         """Return the oldest line that was sent and is still here."""
         return self._lines[0] if self._sent else None
 
+    @property
+    def acknowledged(self) -> int:
+        """How many lines are here that the broker has."""
+        return self._acknowledged.count
+
+    def is_ahead(self) -> bool:
+        """Tell whether the keeper may lack so much that it has to be asked."""
+        return self._acknowledged.exceeds(PACE, PACE_BYTES)
+
     def is_keeper_behind(self) -> bool:
         """Tell whether there will be no more room for what the keeper may lack."""
         return self._acknowledged.is_full(WINDOW, WINDOW_BYTES)
@@ -107,11 +123,13 @@ class Window:
         while self._lines and self._lines[0].is_acknowledged:
             self._forget_first()
 
-    def confirm(self, counter: int) -> None:
-        """Forget the lines up to a counter: the keeper has them."""
+    def confirm(self, counter: int) -> bool:
+        """Forget the lines up to a counter: the keeper has them. Tell whether there were any."""
+        sent = self._sent
         while self._sent and self._lines[0].counter <= counter:
             self._mark(self._lines[0], True)
             self._forget_first()
+        return self._sent < sent
 
     def rewind(self) -> None:
         """Send again what is still here."""
@@ -130,6 +148,15 @@ class Window:
         self._sent -= 1
 
 
+def check_size(size: int) -> None:
+    """Raise ProgramError for a message of so many bytes if that is too large."""
+    if size > MAX_DATA_SIZE:
+        raise ProgramError(
+            f"a message of {size} bytes is too large for a topic",
+            f"it can have {MAX_DATA_SIZE}",
+        )
+
+
 class Publisher:
     """What one session publishes on one topic."""
 
@@ -144,7 +171,9 @@ class Publisher:
         self._introduced: set[bytes] = set()  # the keys of the epochs in which our hello was sent
         self._must_ask = True  # before we publish on
         self._is_kept = False  # whether the keeper keeps messages
+        self._is_ending = False  # whether no more will be added
         self._learnt_at = clock()
+        self._ahead_since = NEVER  # since when the keeper gets no further
 
     @property
     def hello(self) -> bytes:
@@ -156,6 +185,19 @@ class Publisher:
         """Whether the broker has acknowledged all."""
         return not self._window.waiting.count
 
+    @property
+    def unkept(self) -> int:
+        """How many messages the keeper may lack, as it has said, if it keeps them."""
+        return self._window.acknowledged if self._is_kept else 0
+
+    def is_settled(self) -> bool:
+        """Tell whether the keeper has all, too, or has got no further for PATIENCE.
+
+        To be called when no more will be added: from then on it is asked often.
+        """
+        self._is_ending = True
+        return not self.unkept or self._clock() >= self._ahead_since + PATIENCE
+
     def has_room(self) -> bool:
         """Tell whether another message may be added."""
         return not self._window.waiting.is_full()
@@ -166,11 +208,7 @@ class Publisher:
         :param time: now, in milliseconds since 1970, UTC
         :raises ProgramError: it is too large
         """
-        if len(data) > MAX_DATA_SIZE:
-            raise ProgramError(
-                f"a message of {len(data)} bytes is too large for a topic",
-                f"it can have {MAX_DATA_SIZE}",
-            )
+        check_size(len(data))
         self._window.add(time, data)
 
     def send(self, publish: Publish) -> None:
@@ -186,10 +224,13 @@ class Publisher:
 
     def _has_to_wait(self) -> bool:
         """Tell whether the keeper has to say first how far it has got."""
-        is_behind = self._is_kept and self._window.is_keeper_behind()
-        if is_behind or self._clock() >= self.asks_at():
+        now = self._clock()
+        is_ahead = self._is_kept and (self._is_ending or self._window.is_ahead())
+        if is_ahead or now >= self.asks_at():
             self._keys.ask_soon()
-        return self._must_ask or (is_behind and self._clock() < self._learnt_at + PATIENCE)
+        self._ahead_since = min(self._ahead_since, now) if is_ahead else NEVER
+        patience = PATIENCE if self._window.is_keeper_behind() else PACE_PATIENCE
+        return self._must_ask or now < self._ahead_since + patience < NEVER
 
     def asks_at(self) -> float:
         """Return when to ask whether what we have published was in time for its epoch.
@@ -242,7 +283,8 @@ class Publisher:
         last, or what the broker has not acknowledged. Who has it already drops it.
         """
         self._learnt_at, self._is_kept = self._clock(), joined.history > 0
-        self._window.confirm(joined.counters.get(self._session.session, -1))
+        if self._window.confirm(joined.counters.get(self._session.session, -1)):
+            self._ahead_since = NEVER
         oldest = self._window.oldest_sent()
         is_over = oldest and oldest.epoch and not self._is_open(oldest.epoch)
         if not (self._is_kept or is_over):

@@ -17,15 +17,12 @@ from secure_mqtt.topics.messages import (
     MAX_DATA_SIZE,
     MAX_EPOCH,
     MAX_HELLO_SIZE,
-    MEMBER,
     OVERHEAD,
     SESSION_SIZE,
-    is_topic,
 )
+from secure_mqtt.topics.names import ACTION as ACTION
+from secure_mqtt.topics.names import MAX_HISTORY, MAX_MEMBERS, MEMBER, is_topic
 
-ACTION = "topic"  # in the names of the exchange's topics
-MAX_MEMBERS = 10_000  # of a topic
-MAX_HISTORY = 100_000  # messages of a topic that are kept
 MAX_COUNTERS = 1_000  # in an answer: each member of a large topic asks for them
 MAX_REQUEST_SIZE = 2**20  # bytes: 10,000 members have 670,000
 MAX_ANSWER_SIZE = 2**21  # bytes: a message of 1 MiB has 1.4 million in base64
@@ -262,6 +259,18 @@ def write_request(do: str, *values: Any) -> bytes:
     """Return a request. values: of its fields, in their order in REQUESTS; None is left out."""
     fields = zip(REQUESTS[do], values, strict=True)
     return to_json({"do": do, **{name: each for name, each in fields if each is not None}})
+
+
+class Ask(NamedTuple):
+    """What a member asks the keeper of its topic."""
+
+    do: str  # join, sender or history
+    topic: str
+    detail: Any = None  # the third field of the request
+
+    def __bytes__(self) -> bytes:
+        """Return the request."""
+        return write_request(self.do, self.topic, self.detail)
 
 
 def read_request(data: bytes) -> tuple[str, dict[str, Any]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from crypto import PeerKeyError
-from secure_mqtt.signatures import Authority
 from secure_mqtt.topics.messages import (
     Epoch,
     HelloError,
@@ -15,6 +14,9 @@ from secure_mqtt.topics.messages import (
     read_hello,
     session_of,
 )
+
+if TYPE_CHECKING:
+    from secure_mqtt.signatures import Authority
 
 MAX_SESSIONS = 64  # of a member in an epoch, unless the keeper names them
 MAX_READERS = 20_000  # the least recently used is forgotten, and asked for again if need be

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from crypto import CryptoError
 from secure_mqtt.topics.keys import ASK_INTERVAL, NEVER, Keys
@@ -21,22 +21,10 @@ from secure_mqtt.topics.messages import (
     read_head,
 )
 from secure_mqtt.topics.order import Order, Received, Room
-from secure_mqtt.topics.requests import MAX_COUNTERS, Joined, Kept, Page, write_request
+from secure_mqtt.topics.requests import MAX_COUNTERS, Ask, Joined, Kept, Page
 from secure_mqtt.topics.senders import Reader, Senders, check_time
 
 KEYS = b""  # what payloads wait for; else for a session's sender
-
-
-class Ask(NamedTuple):
-    """What a member asks the keeper of its topic."""
-
-    do: str  # join, sender or history
-    topic: str
-    detail: Any = None  # the third field of the request
-
-    def __bytes__(self) -> bytes:
-        """Return the request."""
-        return write_request(self.do, self.topic, self.detail)
 
 
 class Shelf:

@@ -1,0 +1,258 @@
+"""The shell: a member that does as it is told, command by command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from secure_mqtt.errors import ProgramError
+from secure_mqtt.log import PROGRAM
+from secure_mqtt.settings import Settings
+from secure_mqtt.streams import say
+from secure_mqtt.topics.commands import refusal, table
+from secure_mqtt.topics.enquiries import Enquiries
+from secure_mqtt.topics.member import Part
+from secure_mqtt.topics.order import Received
+from secure_mqtt.topics.output import Notes, for_people
+from secure_mqtt.topics.prompt import Pipe, Terminal, terminal_as_it_was
+from secure_mqtt.topics.publication import Publication
+from secure_mqtt.topics.requests import write_request
+from secure_mqtt.topics.subscribing import SubscribingMember
+from secure_mqtt.topics.subscription import Subscription
+from secure_mqtt.topics.usage import HISTORY, check_number, checked_member, checked_topic
+
+if TYPE_CHECKING:
+    from secure_mqtt.signatures import Authority, Identity
+
+HELP = b"""\
+create TOPIC [MEMBER...]  make a topic, for you and the MEMBERs
+admit TOPIC MEMBER...     let MEMBERs in
+remove TOPIC MEMBER...    keep MEMBERs out
+topics                    list your topics: name, owner, members
+publish TOPIC TEXT...     send a message
+subscribe TOPIC           show what others publish
+unsubscribe TOPIC         show it no more, and forget the key
+help                      print this
+exit                      end, as at the end of the input
+"""
+
+
+class Command(NamedTuple):
+    """What the keeper is to do."""
+
+    do: str
+    values: tuple[Any, ...]  # of the request's fields
+
+    def __bytes__(self) -> bytes:
+        """Return the request."""
+        return write_request(self.do, *self.values)
+
+
+class Errand:
+    """A command to the keeper, which is given again until it is answered: that does no harm."""
+
+    def __init__(self, enquiries: Enquiries, command: Command) -> None:
+        """Give the command."""
+        self._enquiries = enquiries
+        self.answer: Any = None
+        self.refusal: str | None = None
+        self.failed(command)
+
+    def failed(self, command: Command) -> None:
+        """Do as Asker.failed() does."""
+        self._enquiries.ask(self, command)
+
+    def answered(self, command: Command, answer: Any) -> None:
+        """Do as Asker.answered() does."""
+        self.answer = answer
+
+    def refused(self, command: Command, words: str) -> None:
+        """Do as Asker.refused() does."""
+        self.refusal = words
+
+
+Finished = Callable[[], bool]  # tells whether a command has; ProgramError: it has failed
+
+
+class Shell(SubscribingMember):
+    """Does what commands say, one after the other; meanwhile it shows messages."""
+
+    def __init__(
+        self, settings: Settings, enquiries: Enquiries, identity: Identity, authority: Authority
+    ) -> None:
+        """Begin to read commands."""
+        super().__init__(settings, enquiries, [], Notes())
+        self._identity, self._authority = identity, authority
+        self._publications: dict[str, Publication] = {}
+        self.is_terminal = self._output.is_terminal and sys.stdin.isatty()
+        self._source: Terminal | Pipe = Terminal(self._output) if self.is_terminal else Pipe()
+        self._format = for_people
+        self._has_finished: Finished = always
+        self._failures = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is waited for."""
+        return self._has_finished is always
+
+    def surroundings(self) -> AbstractContextManager[None]:
+        """Return what shall be around run()."""
+        return terminal_as_it_was() if self.is_terminal else nullcontext()
+
+    def check(self) -> None:
+        """Raise ProgramError if something has failed, and nobody was there to see it."""
+        if self._source.fault:
+            raise self._source.fault
+        if self._failures and not self.is_terminal:
+            raise ProgramError(f"commands that failed: {self._failures}")
+
+    def _is_done(self) -> bool:
+        return self._source.has_ended and self.is_idle and not self._output
+
+    def _go_on(self) -> None:
+        super()._go_on()
+        if self._attempt(self._has_finished):
+            self._has_finished = always
+        # What was shown before must be on the screen when there is a prompt below it.
+        while self.is_idle and not self._output and (line := self._source.ask()) is not None:
+            self._attempt(partial(self._do, line))
+
+    def _things(self) -> tuple[list[Any], list[Any]]:
+        inputs, outputs = super()._things()
+        is_reading = self.is_idle and not self._source.has_ended
+        return [*inputs, self._source] if is_reading else inputs, outputs
+
+    def _handle(self, thing: Any) -> None:
+        if thing is self._source:
+            thing.read()
+        else:
+            super()._handle(thing)
+
+    # --- what is shown -------------------------------------------------------------------------
+
+    def _attempt(self, action: Callable[[], bool]) -> bool:
+        """Do something, or say why that fails; tell whether there is nothing to wait for."""
+        try:
+            return action()
+        except ProgramError as error:
+            self._failures += 1
+            self._has_finished = always
+            with self._source.torn():
+                say(f"{PROGRAM}: error: {error}")
+                if error.hint:
+                    say(f"{PROGRAM}: hint: {error.hint}")
+            return True
+
+    def _show(self, message: Received) -> bool:
+        with self._source.torn():
+            return super()._show(message)
+
+    def _say_notes(self) -> None:
+        with self._source.torn():
+            super()._say_notes()
+
+    def _refuse(self, part: Part) -> None:
+        self._forget(part)
+        self._attempt(partial(fail, refusal(self._settings, part.refusal, part.topic)))
+
+    def _forget(self, part: Part) -> None:
+        self._parts.remove(part)
+        self._enquiries.forget(part)
+        parts: dict[str, Any] = self._subscribed if part.is_subscribed else self._publications
+        del parts[part.topic]
+
+    # --- commands ------------------------------------------------------------------------------
+
+    def _do(self, line: bytes) -> bool:
+        """Begin with a command. ProgramError if it is none, or its words are wrong."""
+        name, _, rest = line.decode(errors="surrogateescape").strip().partition(" ")
+        if not name:
+            return True
+        if name not in COMMANDS:
+            raise ProgramError(f"there is no command {name[:80]!r}", "help lists the commands")
+        self._has_finished = COMMANDS[name](self, name, rest.lstrip(" "))
+        return False
+
+    def _order(self, name: str, rest: str) -> Finished:
+        words = rest.split()
+        check_number(name, words)
+        values: list[Any] = []
+        if words:
+            values += [checked_topic(words[0]), [checked_member(word) for word in words[1:]]]
+        if name == "create":
+            values.append(HISTORY)
+        do = "list" if name == "topics" else name
+        return partial(self._has_answer, Errand(self._enquiries, Command(do, tuple(values))))
+
+    def _has_answer(self, errand: Errand) -> bool:
+        if errand.refusal is not None:
+            raise refusal(self._settings, errand.refusal)
+        if isinstance(errand.answer, list):
+            self._output.put(table(errand.answer))
+        return errand.answer is not None
+
+    def _publish(self, name: str, rest: str) -> Finished:
+        topic, _, text = rest.partition(" ")
+        check_number(name, [topic, text] if topic and text else [])
+        if topic not in self._publications:
+            part = Publication(self._settings, self._identity, checked_topic(topic))
+            self._publications[topic] = part
+            self._parts.append(part)
+        part = self._publications[topic]
+        part.add(text.encode(errors="surrogateescape"))
+        return lambda: part.is_done
+
+    def _subscribe(self, name: str, rest: str) -> Finished:
+        check_number("unsubscribe", rest.split())
+        topic = checked_topic(rest.strip())
+        if topic in self._subscribed:
+            return always
+        part = Subscription(self._settings, self._authority, topic, self._notes)
+        self._subscribed[topic] = part
+        self._parts.append(part)
+        try:
+            self._mqtt.subscribe(topic)
+        except ProgramError as error:
+            if error.is_final:  # else it is done on the next connection
+                self._forget(part)
+            raise
+        return part.has_begun
+
+    def _unsubscribe(self, name: str, rest: str) -> Finished:
+        topic = rest.strip()
+        if topic not in self._subscribed:
+            raise ProgramError(f"not subscribed to {topic[:80]!r}")
+        self._mqtt.unsubscribe(topic)
+        self._forget(self._subscribed[topic])
+        return always
+
+    def _help(self, name: str, rest: str) -> Finished:
+        self._output.put(HELP)
+        return always
+
+    def _exit(self, name: str, rest: str) -> Finished:
+        self._source.has_ended = True
+        return always
+
+
+def always() -> bool:
+    """Tell that there is nothing to wait for."""
+    return True
+
+
+def fail(error: ProgramError) -> bool:
+    """Raise an error."""
+    raise error
+
+
+COMMANDS: dict[str, Callable[[Shell, str, str], Finished]] = {
+    **dict.fromkeys(("create", "admit", "remove", "topics"), Shell._order),
+    "publish": Shell._publish,
+    "subscribe": Shell._subscribe,
+    "unsubscribe": Shell._unsubscribe,
+    "help": Shell._help,
+    "exit": Shell._exit,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import select
 import time
 from collections.abc import Callable
@@ -41,6 +42,8 @@ class Responder:
         """
         read_group()
         peer_files(settings)  # raises the error of one that can't be used
+        load_suites()
+        gc.freeze()  # what is here for good need not be looked through again, in any process
         self._settings = settings
         self._on_ready = on_ready
         self._reports = Reports()
@@ -51,7 +54,6 @@ class Responder:
         self._is_connected = self._is_announced = False
         self._status = Status(settings.status_topic, self._reports, self._desk)
         self._link = Link(settings, REQUEST.format(settings.netid or "+", "+"), self._status.will)
-        load_suites()
 
     def run(self) -> None:
         """Answer until stop() is called; connect again whenever the connection is lost.

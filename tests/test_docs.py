@@ -279,7 +279,12 @@ BOUNDS = [
     ("MAX_TOKEN_BYTES", "security", "| tokens that are remembered, of all keys | {:g} MiB", 2**20),
     ("MAX_WEIGHT", "security", "| messages that wait for their turn | {:g} MiB together", 2**20),
     ("MAX_SEEN", "security", "| signed exchanges that are remembered | {:,.0f} |", 1),
-    ("MAX_SIGNERS", "security", "be verified again before one ends | {:g}, in each process |", 1),
+    (
+        "MAX_SIGNERS",
+        "security",
+        "verified again before one ends | {:,.0f}, in each process |",
+        1,
+    ),
     ("MAX_INLINE", "security", "requests of more than {:g} KiB", 2**10),
     ("MAX_MESSAGES", "security", "| messages received but not yet handled | {:,.0f}, of", 1),
     ("MAX_IN_FLIGHT", "security", "| answers not yet acknowledged by the broker | {:,.0f}, of", 1),

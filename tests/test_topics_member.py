@@ -768,6 +768,9 @@ def test_a_publisher_waits_for_a_keeper_that_is_far_behind_but_not_for_ever(worl
                 pass
 
     write(20_000)
+    assert publisher.PACE <= len(world.published) < publisher.PACE + publisher.WINDOW
+    world.wait(publisher.PACE_PATIENCE)  # it may be away
+    write(20_000)
     taken = len(world.published)
     assert 18_000 < taken < 20_000
     world.wait(publisher.PATIENCE)

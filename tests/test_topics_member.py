@@ -468,6 +468,18 @@ def test_a_session_that_nobody_has_introduced_is_not_shown(world: World) -> None
     assert [ask.do for ask in bob.asked].count("sender") == 1
 
 
+def test_a_hello_that_comes_after_the_keeper_knew_of_none_is_believed(world: World) -> None:
+    bob = world.reader("bob")
+    world.flow()
+    carol = COURSE.member("carol").session(TOPIC)
+    bob.take(seal_message(*current(world), carol, 0, 0, b"x"))
+    world.flow()
+    bob.take(hello_payload(world, carol))
+    bob.take(seal_message(*current(world), carol, 1, 0, b"y"))
+    world.settle()
+    assert b"y" in bob.texts
+
+
 def hello_payload(world: World, session: Session) -> bytes:
     return reference_topics.seal_hello(*current(world), session.hello, bytes(12))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import select
 import socket
 import time
@@ -40,6 +41,8 @@ class Responder:
         """
         read_group()
         peer_files(settings)  # raises the error of one that can't be used
+        load_suites()
+        gc.freeze()  # what is here for good need not be looked through again, in any process
         self._settings = settings
         self._on_ready = on_ready
         self._reports = Reports()
@@ -48,7 +51,6 @@ class Responder:
         self._stopping, self._stop = socket.socketpair()
         self._is_stopped = self._is_connected = False
         self._end = float("inf")
-        load_suites()
 
     def run(self) -> None:
         """Answer until stop() is called; connect again whenever the connection is lost.

@@ -5,6 +5,7 @@ Imported only when asked for, since x509 costs a request a third of its other im
 
 from __future__ import annotations
 
+import time
 import warnings
 from datetime import datetime, timezone
 from typing import Any
@@ -30,6 +31,7 @@ from secure_mqtt.suites import key_blocks
 SIGNATURE = b"SECURE MQTT SIGNATURE"  # a PEM label
 REQUEST_LABEL = b"secure-mqtt/1 key-exchange request"
 RESPONSE_LABEL = b"secure-mqtt/1 key-exchange response"
+MAX_KNOWN = 20_000  # signers whose certificates need not be verified again: in about 6 MB
 PSS_SALT_SIZE = 32  # bytes
 MAX_SHOWN, MAX_SHOWN_SIZE = 3, 200  # names in an error, and characters of them
 # Work with a key of RSA grows with the length of its numbers; public exponents are 65537 mostly.
@@ -111,6 +113,8 @@ class Authority:
     def __init__(self, pem: bytes) -> None:
         """Read the authorities' own certificates (PEM). KeyFileError if there is none."""
         self.content = pem
+        # By purpose and digest: when those are valid that were verified, the oldest first.
+        self._known: dict[tuple[bool, bytes], Validity] = {}
         try:
             self._anchors = x509.load_pem_x509_certificates(pem)
             self._policy = PolicyBuilder().store(Store(self._anchors))
@@ -165,15 +169,35 @@ class Authority:
     ) -> Validity:
         *chain, signature = _signature_blocks(bundle)
         leaf, *others = _read_chain(chain)
-        path = self._verified_path(leaf, others, is_client, at)
+        place = is_client, digest(join_fields(*chain))
+        validity = self._known_validity(place, at) or self._learn(
+            place, self._verified_path(leaf, others, is_client, at)
+        )
         _check_purpose(leaf, is_client)
         _check_name(leaf, name)
         key: Any = leaf.public_key()
         key.verify(signature, signed_bytes, *_signature_scheme(key))
-        return Validity(
+        return validity
+
+    def _known_validity(self, place: tuple[bool, bytes], at: float | None) -> Validity | None:
+        """Return when certificates that were verified before are valid, if they are then.
+
+        So who signs often is not looked up each time: that takes half of a verification.
+        """
+        validity = self._known.get(place)
+        moment = time.time() if at is None else at
+        return validity if validity and validity.begins <= moment <= validity.ends else None
+
+    def _learn(self, place: tuple[bool, bytes], path: list[Any]) -> Validity:
+        """Return when a verified path is valid, and remember that."""
+        validity = Validity(
             max(certificate.not_valid_before_utc.timestamp() for certificate in path),
             min(certificate.not_valid_after_utc.timestamp() for certificate in path),
         )
+        self._known[place] = validity
+        if len(self._known) > MAX_KNOWN:
+            del self._known[next(iter(self._known))]
+        return validity
 
     def _verified_path(
         self, leaf: Any, others: list[Any], is_client: bool, at: float | None

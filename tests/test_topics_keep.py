@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import signal
 import sqlite3
 import stat
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -504,6 +506,36 @@ def test_a_disk_that_is_full_takes_nothing_that_was_acknowledged(site: Site) -> 
     assert rejoined.counters == {alice.session.session: 0}
     assert has_kept(alice, [payload])
     assert alice.ask("create", "another", [], 0) == {}
+
+
+@pytest.fixture
+def small_disk(site: Site) -> Iterator[Path]:
+    """A disk of 1 MB that holds the keeper's file."""
+    disk = site.folder / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", disk]).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_keeper_goes_on_when_there_is_room_again(site: Site, small_disk: Path) -> None:
+    filler = small_disk / "filler"
+    site.start("--keep", str(small_disk / "topics.db"))
+    alice = site.member("alice")
+    alice.ask("create", TOPIC, [], 0)
+    names = [f"m{number}-{'x' * 50}" for number in range(2_000)]
+    with contextlib.suppress(OSError):
+        filler.write_bytes(bytes(2**20))
+    with pytest.raises(RefusedError, match="can't write its file"):
+        alice.ask("admit", TOPIC, names)
+    site.keeper.wait_for("cannot be written: the disk is full")
+    assert [topic.members for topic in alice.ask("list")] == [["alice"]]
+    filler.unlink()
+    assert alice.ask("admit", TOPIC, names) == {}
+    site.restart("--keep", str(small_disk / "topics.db"))
+    [topic] = alice.agree().ask("list")
+    assert len(topic.members) == 2_001
 
 
 def test_notices_are_nothing_that_is_kept(site: Site) -> None:

@@ -12,7 +12,7 @@ import select
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from secure_mqtt.chores import read_authority, read_identity
@@ -102,6 +102,47 @@ class Front:
             self.has_ended = True
 
 
+class KeeperConnection(PatientConnection):
+    """The keeper's connection to the broker.
+
+    The responder waits while we wait for the broker: so that ends in time, by TimeoutError.
+    """
+
+    def open(self) -> None:
+        """Connect."""
+        with self._patience(CONNECTING):
+            self.connect()
+
+    def follow(self, topics: Sequence[str]) -> None:
+        """Subscribe to topics, and say which of them the broker refuses."""
+        for start in range(0, len(topics), SUBSCRIBED_AT_A_TIME):
+            with self._patience(SUBACK):
+                refused = self.refused(*topics[start : start + SUBSCRIBED_AT_A_TIME])
+            for topic in refused:
+                reason = "the broker refuses the subscription: its messages are not kept"
+                event("refused", is_warning=True, topic=topic, reason=reason)
+
+    @contextlib.contextmanager
+    def _patience(self, stage: str) -> Iterator[None]:
+        self.stage, self.patience_ends = stage, time.monotonic() + self._settings.timeout
+        yield
+        self.stage, self.patience_ends = "messages of shared topics", float("inf")
+
+    def change_subscriptions(self, changes: dict[str, bool]) -> None:
+        """Subscribe to topics (True), or no longer."""
+        for topic in (topic for topic, is_wanted in changes.items() if not is_wanted):
+            self.unsubscribe(topic)
+        self.follow([topic for topic, is_wanted in changes.items() if is_wanted])
+
+    def publish_some(self, notices: dict[str, bytes]) -> None:
+        """Publish what is to be published on topics, as far as there is room; take that out."""
+        while notices:
+            topic, payload = notices.popitem()
+            if not self.publish(topic, payload):
+                notices[topic] = payload
+                return
+
+
 class Backend:
     """Answers members and keeps messages, until the responder's process ends."""
 
@@ -129,7 +170,7 @@ class Backend:
         delays = backoff()
         while not self._front.has_ended:
             try:
-                mqtt = PatientConnection(self._settings)
+                mqtt = KeeperConnection(self._settings)
                 with mqtt:
                     self._begin(mqtt)
                     delays = backoff()
@@ -142,37 +183,21 @@ class Backend:
             self._serve_without(time.monotonic() + next(delays))
         self._store.database.close()
 
-    def _begin(self, mqtt: PatientConnection) -> None:
+    def _begin(self, mqtt: KeeperConnection) -> None:
         """Connect, and subscribe to the topics whose messages are kept."""
-        with self._patience(mqtt, CONNECTING):
-            mqtt.connect()
+        mqtt.open()
         self._messages.clear()  # the broker sends them no more
         topics = self._batches.catch_up()
-        for start in range(0, len(topics), SUBSCRIBED_AT_A_TIME):
-            self._subscribe(mqtt, topics[start : start + SUBSCRIBED_AT_A_TIME])
+        mqtt.follow(topics)
         event("keeping", topics=len(topics))
         self._front.tell(READY)
 
-    def _subscribe(self, mqtt: PatientConnection, topics: list[str]) -> None:
-        with self._patience(mqtt, SUBACK):
-            refused = mqtt.refused(*topics)
-        for topic in refused:
-            reason = "the broker refuses the subscription: its messages are not kept"
-            event("refused", is_warning=True, topic=topic, reason=reason)
-
-    @contextlib.contextmanager
-    def _patience(self, mqtt: PatientConnection, stage: str) -> Iterator[None]:
-        """Let what is done inside end in time: the responder waits for us. Else TimeoutError."""
-        mqtt.stage, mqtt.patience_ends = stage, time.monotonic() + self._settings.timeout
-        yield
-        mqtt.stage, mqtt.patience_ends = "messages of shared topics", float("inf")
-
-    def _serve(self, mqtt: PatientConnection) -> None:
+    def _serve(self, mqtt: KeeperConnection) -> None:
         while not self._front.has_ended:
             self._answer(mqtt)
             self._keep(mqtt)
             self._rotate()
-            self._publish_notices(mqtt)
+            mqtt.publish_some(self._batches.notices)
             self._unkept.add("too many at a time", mqtt.inbox.take_dropped())
             self._report()
             is_busy = bool(self._front.requests or self._messages) or self._is_rotation_due
@@ -192,7 +217,7 @@ class Backend:
             if select.select([self._front], [], [], timeout)[0]:
                 self._front.receive()
 
-    def _answer(self, mqtt: PatientConnection | None) -> None:
+    def _answer(self, mqtt: KeeperConnection | None) -> None:
         """Answer a batch of requests."""
         self._keeper.authority = read_authority(self._front.authority)
         requests = self._front.requests
@@ -203,17 +228,11 @@ class Backend:
             requests.popleft()
         self._note_failure()
         if mqtt:  # before anybody hears that there are new topics, and publishes there
-            self._change_subscriptions(mqtt)
+            changes, self._batches.subscriptions = self._batches.subscriptions, {}
+            mqtt.change_subscriptions(changes)
         self._front.tell(ANSWERS, answers)
 
-    def _change_subscriptions(self, mqtt: PatientConnection) -> None:
-        changes, self._batches.subscriptions = self._batches.subscriptions, {}
-        for topic in (topic for topic, is_wanted in changes.items() if not is_wanted):
-            mqtt.unsubscribe(topic)
-        if wanted := [topic for topic, is_wanted in changes.items() if is_wanted]:
-            self._subscribe(mqtt, wanted)
-
-    def _keep(self, mqtt: PatientConnection) -> None:
+    def _keep(self, mqtt: KeeperConnection) -> None:
         """Keep a batch of messages, and acknowledge them.
 
         :raises StoreError: that can't be done. They stay with the broker until we disconnect, and
@@ -242,15 +261,6 @@ class Backend:
         if self._batches.failure and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + RETRY_INTERVAL
             event("failed", is_warning=True, **words_for(self._batches.failure))
-
-    def _publish_notices(self, mqtt: PatientConnection) -> None:
-        """Publish what a batch has left to publish, as far as there is room for it."""
-        notices = self._batches.notices
-        while notices:
-            topic, payload = notices.popitem()
-            if not mqtt.publish(topic, payload):
-                notices[topic] = payload
-                return
 
     def _report(self) -> None:
         self._unkept.report()

@@ -194,6 +194,84 @@ class Archive:
         return {"messages": messages, "keys": keys, "more": has_more}
 
 
+class Membership:
+    """Decides who is a member of which topic."""
+
+    def __init__(self, store: Store, rotation: Rotation, effects: Effects) -> None:
+        """Take what is written down, and where to note what is to be done beside."""
+        self._store, self._rotation, self._effects = store, rotation, effects
+
+    def topic(self, netid: str, name: str) -> Topic:
+        """Return a topic to one of its members."""
+        topic = self._store.topics.find(name)
+        if topic and self._store.topics.is_member(topic, netid):
+            return topic
+        raise RefusedError(NO_TOPIC)
+
+    def _own_topic(self, netid: str, name: str) -> Topic:
+        """Return a topic to its owner."""
+        topic = self.topic(netid, name)
+        if topic.owner != netid:
+            raise RefusedError(f"only its owner {topic.owner} may do that")
+        return topic
+
+    def create(self, netid: str, topic: str, members: list[str], history: int) -> Answer:
+        """Create a topic."""
+        topics, everybody = self._store.topics, {netid, *members}
+        if found := topics.find(topic):
+            # Who asks once more, since the answer was lost, shall not be told of a failure.
+            is_same = (found.owner, found.history) == (netid, history)
+            if is_same and topics.members(found) == sorted(everybody):
+                return {}
+            raise RefusedError("this name is taken")
+        if topics.count() >= MAX_TOPICS:
+            raise RefusedError(f"there are {MAX_TOPICS} topics, the most that may be")
+        if topics.count(netid) >= MAX_TOPICS_OF_OWNER:
+            raise RefusedError(f"you have {MAX_TOPICS_OF_OWNER} topics, the most that may be")
+        check_number_of(everybody)
+        self._rotation.begin(topics.create(topic, netid, everybody, history))
+        if history:
+            self._effects.subscriptions.append((topic, True))
+        return {}
+
+    def admit(self, netid: str, topic: str, members: list[str]) -> Answer:
+        """Let NetIDs be members, for the owner."""
+        found = self._own_topic(netid, topic)
+        check_number_of({*members, *self._store.topics.members(found)})
+        self._store.topics.admit(found, {*members})
+        return {}
+
+    def remove(self, netid: str, topic: str, members: list[str]) -> Answer:
+        """Let NetIDs be members no more, for the owner, and nobody use the key that they have."""
+        found = self._own_topic(netid, topic)
+        if netid in members:
+            raise RefusedError("its owner can't be removed")
+        if self._store.topics.remove(found, {*members}):
+            self._rotation.begin(found, closing_time=0)
+        return {}
+
+    def delete(self, netid: str, topic: str) -> Answer:
+        """Delete a topic, for its owner."""
+        found = self._own_topic(netid, topic)
+        self._store.topics.delete(found)
+        if found.history:
+            self._effects.subscriptions.append((topic, False))
+        # Members ask at once then, and learn that it is gone.
+        self._effects.notices.append((topic, make_notice(min(found.epoch + 1, MAX_EPOCH))))
+        return {}
+
+    def topics_of(self, netid: str) -> Answer:
+        """Name the topics that one is a member of."""
+        topics: list[dict[str, Any]] = []
+        size = 0
+        for shared in self._store.topics.of(netid):
+            size += len(to_json(shared._asdict()))
+            if topics and size > MAX_LIST_SIZE:
+                return {"topics": topics, "more": True}
+            topics.append(shared._asdict())
+        return {"topics": topics}
+
+
 class Keeper:
     """Answers members, and keeps messages for them. All of it happens in batches."""
 
@@ -216,8 +294,10 @@ class Keeper:
         self.authority, self._name = authority, name
         self._effects = Effects([], [])
         self._rotation = Rotation(store, clock, interval, self._effects)
+        self._membership = Membership(store, self._rotation, self._effects)
         self._archive = Archive(store, self._rotation)
         self.take = self._archive.take
+        self._actions = self._all_actions()
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[Effects]:
@@ -258,82 +338,29 @@ class Keeper:
         """
         try:
             do, fields = read_request(request)
-            answer = ACTIONS[do](self, netid, **fields)
+            answer = self._actions[do](netid, **fields)
         except (RequestError, RefusedError) as error:
             answer = {"error": str(error)}
         return to_json(answer)
 
-    # --- members -------------------------------------------------------------------------------
-
-    def _topic(self, netid: str, name: str) -> Topic:
-        """Return a topic to one of its members."""
-        topic = self._store.topics.find(name)
-        if topic and self._store.topics.is_member(topic, netid):
-            return topic
-        raise RefusedError(NO_TOPIC)
-
-    def _own_topic(self, netid: str, name: str) -> Topic:
-        """Return a topic to its owner."""
-        topic = self._topic(netid, name)
-        if topic.owner != netid:
-            raise RefusedError(f"only its owner {topic.owner} may do that")
-        return topic
-
-    def _create(self, netid: str, topic: str, members: list[str], history: int) -> Answer:
-        topics, everybody = self._store.topics, {netid, *members}
-        if found := topics.find(topic):
-            # Who asks once more, since the answer was lost, shall not be told of a failure.
-            is_same = (found.owner, found.history) == (netid, history)
-            if is_same and topics.members(found) == sorted(everybody):
-                return {}
-            raise RefusedError("this name is taken")
-        if topics.count() >= MAX_TOPICS:
-            raise RefusedError(f"there are {MAX_TOPICS} topics, the most that may be")
-        if topics.count(netid) >= MAX_TOPICS_OF_OWNER:
-            raise RefusedError(f"you have {MAX_TOPICS_OF_OWNER} topics, the most that may be")
-        check_number_of(everybody)
-        self._rotation.begin(topics.create(topic, netid, everybody, history))
-        if history:
-            self._effects.subscriptions.append((topic, True))
-        return {}
-
-    def _admit(self, netid: str, topic: str, members: list[str]) -> Answer:
-        found = self._own_topic(netid, topic)
-        check_number_of({*members, *self._store.topics.members(found)})
-        self._store.topics.admit(found, {*members})
-        return {}
-
-    def _remove(self, netid: str, topic: str, members: list[str]) -> Answer:
-        found = self._own_topic(netid, topic)
-        if netid in members:
-            raise RefusedError("its owner can't be removed")
-        if self._store.topics.remove(found, {*members}):
-            self._rotation.begin(found, closing_time=0)
-        return {}
-
-    def _delete(self, netid: str, topic: str) -> Answer:
-        found = self._own_topic(netid, topic)
-        self._store.topics.delete(found)
-        if found.history:
-            self._effects.subscriptions.append((topic, False))
-        # Members ask at once then, and learn that it is gone.
-        self._effects.notices.append((topic, make_notice(min(found.epoch + 1, MAX_EPOCH))))
-        return {}
-
-    def _list(self, netid: str) -> Answer:
-        topics: list[dict[str, Any]] = []
-        size = 0
-        for shared in self._store.topics.of(netid):
-            size += len(to_json(shared._asdict()))
-            if topics and size > MAX_LIST_SIZE:
-                return {"topics": topics, "more": True}
-            topics.append(shared._asdict())
-        return {"topics": topics}
+    def _all_actions(self) -> dict[str, Callable[..., Answer]]:
+        """Return what does what can be asked for."""
+        membership = self._membership
+        return {
+            "create": membership.create,
+            "delete": membership.delete,
+            "list": membership.topics_of,
+            "admit": membership.admit,
+            "remove": membership.remove,
+            "join": self._join,
+            "sender": self._sender,
+            "history": self._history,
+        }
 
     # --- keys and messages ---------------------------------------------------------------------
 
     def _join(self, netid: str, topic: str, hello: bytes | None) -> Answer:
-        found = self._rotation.current(self._topic(netid, topic))
+        found = self._rotation.current(self._membership.topic(netid, topic))
         counters = self._store.sessions.counters(found) if found.newest else {}
         if hello is not None:
             session = session_of(hello)
@@ -369,25 +396,13 @@ class Keeper:
         return counter
 
     def _sender(self, netid: str, topic: str, session: bytes) -> Answer:
-        hello = self._store.sessions.hello(self._topic(netid, topic), session)
+        hello = self._store.sessions.hello(self._membership.topic(netid, topic), session)
         if hello is None:
             raise RefusedError("nobody has introduced this session")
         return {"hello": hello}
 
     def _history(self, netid: str, topic: str, after: int) -> Answer:
-        return self._archive.page(self._topic(netid, topic), after)
-
-
-ACTIONS: dict[str, Callable[..., Answer]] = {
-    "create": Keeper._create,
-    "admit": Keeper._admit,
-    "remove": Keeper._remove,
-    "delete": Keeper._delete,
-    "list": Keeper._list,
-    "join": Keeper._join,
-    "sender": Keeper._sender,
-    "history": Keeper._history,
-}
+        return self._archive.page(self._membership.topic(netid, topic), after)
 
 
 def check_number_of(members: set[str]) -> None:

@@ -311,6 +311,7 @@ def run_member(settings: "Settings") -> None:
     from secure_mqtt.connection import load_paho
 
     load_paho()
+    from secure_mqtt.calls import notice
     from secure_mqtt.lasting import Session
     from secure_mqtt.topics.roles import new_member
 
@@ -318,10 +319,11 @@ def run_member(settings: "Settings") -> None:
     member = new_member(settings, notary)
     notary.check()  # says before anybody hears of us if a file can't be used
     session = Session(settings, member)
+    is_brief = not settings.lines and settings.command != "shell"  # where people wait for something
     for number in STOP_SIGNALS if settings.command == "subscribe" else ():
         signal.signal(number, lambda *_: member.stop())
     try:
-        with member.surroundings():
+        with member.surroundings(), notice(session) if is_brief else contextlib.nullcontext():
             supervise(session.run, lambda: min(session.end(), member.stops_at))
         member.check()
     except TimeoutError:
@@ -334,7 +336,8 @@ def run_command(settings: "Settings") -> None:
     answer = answer_to(settings, question_of)
     from secure_mqtt.topics.commands import shown
 
-    if output := shown(settings, answer):
+    output = shown(settings, answer)
+    if output:
         write_output(output)
 
 

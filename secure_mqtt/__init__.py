@@ -25,6 +25,7 @@ signatures     signed exchanges: who signs, and whose signatures count
 exchange       the client's side of one key exchange
 calls          a message to a responder, and the answer to it
 workers        work in child processes, and in a thread with a deadline
+lasting        what outlasts a connection to the broker
 session        each line of standard input is a request
 fixed_base     key pairs in the lab's group, made in a fifth of the time
 turns          a queue in which NetIDs take turns

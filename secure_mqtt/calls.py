@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from crypto import MAX_KEY_FILE_SIZE, CryptoError
 from secure_mqtt.actions import KEY_EXCHANGE, MAX_TEXT, REQUEST, RESPONSE
@@ -113,8 +113,16 @@ def check_answer(answer: Message, size: int) -> None:
         raise UnusableError("far too large for an answer")
 
 
+class HasStage(Protocol):
+    """What is waited for: a connection, or what outlasts it."""
+
+    @property
+    def stage(self) -> str:
+        """What is being waited for."""
+
+
 @contextlib.contextmanager
-def notice(mqtt: Connection) -> Iterator[None]:
+def notice(mqtt: HasStage) -> Iterator[None]:
     """Tell a person at a terminal what is being waited for, if it takes long."""
     timer = threading.Timer(
         NOTICE_AFTER, lambda: log().log(WAITING, "waiting for %s ...", mqtt.stage)
@@ -142,6 +150,12 @@ def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
             "check --peer-ca and --peer-name; someone may be tampering with the messages"
             if is_exchange and settings.peer_ca
             else "another client may be using this NETID, or someone tampers with the messages",
+        )
+    if is_exchange and settings.command:
+        return ProgramError(
+            f"no keeper answered the key exchange on {topic} {within}",
+            f"start one ({PROGRAM} --respond --keep FILE), or check --host, --port and --identity;"
+            " an access rule of the broker may also drop messages without a word",
         )
     if is_exchange:
         others = (

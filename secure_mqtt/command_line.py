@@ -249,7 +249,7 @@ def check_request(settings: Settings, words: Sequence[str]) -> None:
         if getattr(settings, option):
             raise UsageError(f"--{option.replace('_', '-')} is for --respond")
     if settings.history is not None or settings.json or settings.count:
-        raise UsageError("--history, --json and --count are for topics that many share")
+        raise UsageError("--history, --json and --count are for shared topics; leave them out")
     if settings.lines and words[2] != "-":
         raise UsageError("--lines sends the lines of standard input; give - as MESSAGE")
     if settings.rekey and not settings.lines:

@@ -100,6 +100,11 @@ class Session:
         self._has_told = False  # of that
         self._connected_at = float("inf")  # of time.monotonic()
 
+    @property
+    def stage(self) -> str:
+        """What is being waited for, for a person."""
+        return self._mqtt.stage
+
     def end(self) -> float:
         """Return when it is to be given up; never while there is nothing to wait for."""
         dialogue = self._dialogue

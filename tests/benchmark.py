@@ -3,7 +3,8 @@
 Every figure is measured here and now. On a shared machine only the ratios mean something; each is
 taken between commands that ran in turn. gmpy2, and PySocks, which only tests need, are switched off
 by modules of their names that fail.
---svg draws what the parts suites, exchanges and lines have measured.
+--svg draws what the parts suites, exchanges and lines have measured, and beside it, in topics.svg,
+what the part topics has.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import keeping
 import paho.mqtt.client as paho
+import sharing
+import topics_load
 from broker_side import issue, made
 from conftest import (
     PROGRAM,
@@ -77,7 +80,7 @@ from secure_mqtt.suites import (
     key_blocks,
     suite_of,
 )
-from secure_mqtt.topics.messages import SessionKey
+from secure_mqtt.topics.messages import OVERHEAD, SessionKey
 from secure_mqtt.topics.requests import ACTION, read_answer, write_request
 
 try:
@@ -1470,6 +1473,80 @@ def memory_of_all(pid: int) -> float:
     return sum(map(proportional, (pid, *processes_below(pid))))
 
 
+# --- topics: messages --------------------------------------------------------------------------
+
+
+PLAIN, MEMBERS = "plain paho", "members"
+MESSAGES = 6000
+END_TO_END = "end to end"
+
+
+def measure_topics(broker: Mosquitto, folder: Path) -> None:
+    """Compare messages of members with the same through plain paho, in turn."""
+    lines = topics_load.records(MESSAGES)
+    with sharing.club(folder / "topics", broker) as club:
+        club.do("alice", "create", TOPIC, "bob", "--history", "0")
+        traffic = {
+            PLAIN: topics_load.Traffic(club, "plain/topic", is_plain=True),
+            MEMBERS: topics_load.Traffic(club, TOPIC, is_plain=False),
+        }
+        measure_rates(traffic, lines)
+        measure_latencies(traffic, lines)
+        measure_one_shots(club)
+    print(f"\nA message has {OVERHEAD} bytes beside its data, of about {len(lines[0])}.")
+
+
+def measure_rates(traffic: dict[str, topics_load.Traffic], lines: list[bytes]) -> None:
+    """Measure processor time and rates, from one publisher to some subscribers."""
+    starts = {name: each.run(lines[: topics_load.FEW], 1) for name, each in traffic.items()}
+    rows = [("to so many subscribers", *(f"{name}, {end}" for name in traffic for end in ENDS))]
+    used: dict[str, topics_load.Run] = {}
+    for count in (1, 3, 10):
+        runs = {name: each.run(lines, count) for name, each in traffic.items()}
+        used = used or {name: run.less(starts[name]) for name, run in runs.items()}
+        for name, each in runs.items():
+            note(END_TO_END, f"{count} subscribers", name, len(lines) / each.received)
+        spans = (span for each in runs.values() for span in (each.published, each.received))
+        rows.append((f"{count}", *(f"{len(lines) / span:,.0f}/s" for span in spans)))
+    table("Messages from one publisher, start included", rows)
+    sealing, opening = topics_load.sealing_and_opening(lines[0])
+    most = {"publishes": used[PLAIN].publisher, "subscribes": used[PLAIN].subscriber}
+    ours = {"publishes": used[MEMBERS].publisher, "subscribes": used[MEMBERS].subscriber}
+    alone = {"publishes": sealing, "subscribes": opening}
+    rows = [("who", PLAIN, "signature and cipher alone", MEMBERS, "ratio to both")]
+    for who, seconds in ours.items():
+        mine, plain = seconds / len(lines), most[who] / len(lines)
+        ratio = f"{mine / (plain + alone[who]):.2f}"
+        rows.append((who, *map(microseconds, (plain, alone[who], mine)), ratio))
+    table("Processor time for a message", rows)
+
+
+ENDS = "published", "received"
+
+
+def measure_latencies(traffic: dict[str, topics_load.Traffic], lines: list[bytes]) -> None:
+    """Measure the time from a line that is written to the same one that is printed."""
+    rows: list[tuple[str, ...]] = [("from line to line", "p50", "p99")]
+    for name, each in traffic.items():
+        seconds = each.latencies(lines[: topics_load.ROUND_TRIPS])
+        rows.append((name, *percentiles(seconds)))
+    table("Latency of a message", rows)
+
+
+def measure_one_shots(club: sharing.Club) -> None:
+    """Compare whole processes with the imports that a client can't do without."""
+    club.do("alice", "create", "one-shot", "bob")
+    club.do("alice", "publish", "one-shot", "x")
+    publish = club.arguments("alice", "publish", "one-shot", TEXT)
+    subscribe = club.arguments("bob", "subscribe", "one-shot", "-C", "1")
+    commands = {
+        "the import floor": ["-c", FLOOR],
+        "publish": [str(PROGRAM), *map(os.fsdecode, publish)],
+        "subscribe -C 1": [str(PROGRAM), *map(os.fsdecode, subscribe)],
+    }
+    table("One message, as a whole process", in_turn(commands, dict(os.environ)))
+
+
 PARTS = {
     "start": measure_start,
     "timeline": measure_timeline,
@@ -1483,6 +1560,7 @@ PARTS = {
     "exchanges": measure_exchanges,
     "lines": measure_lines,
     "signed": measure_signed,
+    "topics": measure_topics,
     "topics-joins": measure_joins,
     "topics-renewals": measure_renewals,
     "topics-memory": measure_topics_memory,
@@ -1522,6 +1600,28 @@ def draw(file: Path) -> None:
     figure.savefig(file, format="svg", facecolor="white", metadata={"Title": title, "Date": None})
 
 
+def draw_topics(file: Path) -> None:
+    """Draw the rates of messages as an SVG picture."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "topics", "font.size": 10})
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for number, (name, colour) in enumerate({PLAIN: "#94a3b8", MEMBERS: "#0d9488"}.items()):
+        rates = [figures[name] for figures in FIGURES[END_TO_END].values()]
+        places = [place + (number - 0.5) * 0.4 for place in range(len(rates))]
+        bars = axes.bar(places, rates, 0.37, color=colour, label=name)
+        axes.bar_label(bars, [f"{rate:,.0f}/s" for rate in rates], padding=3, fontsize=8)
+    axes.set_xticks(range(len(FIGURES[END_TO_END])), list(FIGURES[END_TO_END]))
+    axes.set_title("messages from one publisher that all subscribers have", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    title = "Messages a second, end to end, of members and of plain paho"
+    figure.savefig(file, format="svg", facecolor="white", metadata={"Title": title, "Date": None})
+
+
 def draw_panel(axes: Any, panel: str, title: str, label: Callable[[float], str]) -> None:
     """Draw groups of bars on a logarithmic axis, each bar with its figure."""
     width = 0.8 / len(COLOURS) if panel == RATES else 0.8 / (len(COLOURS) - 1)
@@ -1557,8 +1657,8 @@ def main() -> None:
     parts = arguments.parts or list(PARTS)
     if unknown := {*parts} - {*PARTS}:
         parser.error(f"no part of the benchmark: {', '.join(sorted(unknown))}")
-    if arguments.svg and not {*DRAWN_PARTS} <= {*parts}:
-        parser.error(f"--svg needs the parts {', '.join(DRAWN_PARTS)}")
+    if arguments.svg and not ({*DRAWN_PARTS} <= {*parts} or "topics" in parts):
+        parser.error(f"--svg needs the parts {', '.join(DRAWN_PARTS)}, or the part topics")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         broker = Mosquitto(folder)
@@ -1568,8 +1668,10 @@ def main() -> None:
                     measure(broker, folder)
         finally:
             broker.kill()
-    if arguments.svg:
+    if arguments.svg and {*DRAWN_PARTS} <= {*parts}:
         draw(arguments.svg)
+    if arguments.svg and "topics" in parts:
+        draw_topics(arguments.svg.with_name("topics.svg"))
 
 
 if __name__ == "__main__":

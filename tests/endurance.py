@@ -1,4 +1,7 @@
-"""A long session whose broker is restarted again and again: python tests/endurance.py [LINES]."""
+"""What lasts while brokers and keepers come and go: python tests/endurance.py [topics] [LINES].
+
+A long session; or with topics, a publisher and three subscribers, whose keeper is killed as well.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ from typing import NamedTuple
 
 import conftest
 import pytest
-from conftest import PROGRAM, SAFETY, Mosquitto, ResponderProcess
+import sharing
+from conftest import PROGRAM, SAFETY, Mosquitto, ResponderProcess, wait_until
 from hostile import impatient_program, in_thread
+from sharing import Club, Process
 
 WIDTH = 100  # characters of a line: few fit into a pipe, so the program is never far ahead
 RATE = 50  # lines a second that the slowest machine should do
@@ -111,8 +116,70 @@ def endurance(lines: int, restarts: int) -> Seen:
     return Seen(lines, connections - 1, exchanges, last - began, longest_gap)
 
 
+# --- topics ------------------------------------------------------------------------------------
+
+EVENTS = "bbkbbkb"  # the broker is restarted, or the keeper killed and started again
+ROTATION = "5"  # seconds
+
+
+def text_of(number: int) -> bytes:
+    """Return a line as it is published and printed."""
+    return b"line %07d of a publisher that lasts\n" % number
+
+
+def start_feeding(publisher: Process, lines: int) -> None:
+    """Give a publisher all its lines."""
+
+    def feed() -> None:
+        for number in range(lines):
+            publisher.write(text_of(number))
+        publisher.end_input()
+
+    in_thread(feed)
+
+
+def happen(event: str, club: Club) -> None:
+    """Let the broker or the keeper end without a word, and begin again."""
+    if event == "b":
+        club.broker.restart()
+    else:
+        club.kill_keeper()
+        club.start_keeper()
+
+
+def topics_endurance(lines: int, history: int) -> str:
+    """Let members last; AssertionError unless each subscriber has each line once, in order."""
+    patience = SAFETY + lines / RATE
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        broker = Mosquitto(folder)
+        stack.callback(broker.kill)
+        club = stack.enter_context(sharing.club(folder / "club", broker, "--rotate", ROTATION))
+        club.do("alice", "create", "endurance", "bob", "--history", str(history))
+        subscribers = [club.subscribe("bob", "endurance") for _ in range(3)]
+        began = time.monotonic()
+        publisher = club.start("alice", "-v", "--lines", "publish", "endurance", "-")
+        start_feeding(publisher, lines)
+        for turn, event in enumerate(EVENTS, 1):
+            at = lines * turn // (len(EVENTS) + 1)
+            wait_until(lambda: len(subscribers[0].lines) >= at, patience)  # noqa: B023
+            happen(event, club)
+        assert publisher.wait(patience) == 0
+        for subscriber in subscribers:
+            subscriber.wait_for_lines(lines, patience)
+            assert subscriber.lines == [text_of(number) for number in range(lines)]
+        seconds = time.monotonic() - began
+        notes = [note for each in subscribers for note in each.notes if " ms: " not in note]
+    others = sorted({note.partition(": ")[2] for note in notes if "connecting again" not in note})
+    return f"{lines} lines to 3 subscribers in order, none twice, in {seconds:.1f} s; {others}"
+
+
 def main() -> None:
-    """Print what a session was like."""
+    """Print what it was like."""
+    if sys.argv[1:2] == ["topics"]:
+        lines = int(sys.argv[2]) if sys.argv[2:] else 100_000
+        print(topics_endurance(lines, history=lines))
+        return
     seen = endurance(int(sys.argv[1]) if sys.argv[1:] else 100_000, restarts=5)
     print(
         f"{seen.answers} answers in order, none twice, in {seen.seconds:.1f} s;"

@@ -92,11 +92,31 @@ def test_members_go_on_when_the_keeper_is_back(found: Callable[..., Club]) -> No
     club.start_keeper()
     publish_lines(alice, *range(20, 30))
     alice.end_input()
-    assert (alice.wait(), alice.notes) == (0, [])
+    assert alice.wait() == 0
+    assert not alice.has_noted("kept")
     assert bob.wait_for_lines(30) == lines(*range(30))
     assert not bob.has_noted("missed")
     history = club.do("bob", "subscribe", TOPIC, "-C", "30")
     assert history == b"".join(lines(*range(30)))
+
+
+def test_a_keeper_that_is_away_is_said_once_and_waited_for(found: Callable[..., Club]) -> None:
+    club = found()
+    club.do("alice", "publish", TOPIC, "x")
+    club.kill_keeper()
+    bob = club.start("bob", "subscribe", TOPIC, "-C", "1")
+    bob.wait_for_note("no answer from 'responder': asking again")
+    club.start_keeper()
+    assert (bob.wait(), bob.lines, len(bob.notes)) == (0, [b"x\n"], 1)
+
+
+def test_a_single_message_needs_a_keeper_that_answers(found: Callable[..., Club]) -> None:
+    club = found()
+    club.kill_keeper()
+    result = club.run("alice", "publish", TOPIC, "x", "-W", "1")
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert b"error: no keeper answered the key exchange on alice/key-exchange/" in result.stderr
+    club.start_keeper()
 
 
 def test_keys_are_renewed_while_lines_go_on(found: Callable[..., Club]) -> None:

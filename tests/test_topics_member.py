@@ -468,6 +468,18 @@ def test_a_session_that_nobody_has_introduced_is_not_shown(world: World) -> None
     assert [ask.do for ask in bob.asked].count("sender") == 1
 
 
+def test_a_hello_that_comes_after_the_keeper_knew_of_none_is_believed(world: World) -> None:
+    bob = world.reader("bob")
+    world.flow()
+    carol = COURSE.member("carol").session(TOPIC)
+    bob.take(seal_message(*current(world), carol, 0, 0, b"x"))
+    world.flow()
+    bob.take(hello_payload(world, carol))
+    bob.take(seal_message(*current(world), carol, 1, 0, b"y"))
+    world.settle()
+    assert b"y" in bob.texts
+
+
 def hello_payload(world: World, session: Session) -> bytes:
     return reference_topics.seal_hello(*current(world), session.hello, bytes(12))
 
@@ -767,6 +779,9 @@ def test_a_publisher_waits_for_a_keeper_that_is_far_behind_but_not_for_ever(worl
             while alice.reach_broker() or alice.be_acknowledged() or alice.be_answered():
                 pass
 
+    write(20_000)
+    assert publisher.PACE <= len(world.published) < publisher.PACE + publisher.WINDOW
+    world.wait(publisher.PACE_PATIENCE)  # it may be away
     write(20_000)
     taken = len(world.published)
     assert 18_000 < taken < 20_000

@@ -56,7 +56,7 @@ def test_a_command_that_fails_says_why_and_the_next_is_done(club: Club, topic: s
     wanted = [
         f"'responder' refuses on {topic}: there is no such topic",
         "there is no command 'unknown'",
-        "create takes TOPIC",
+        "create takes: TOPIC",
         f"'responder' refuses on {topic}: there is no such topic",
         f"not subscribed to '{topic}'",
         "TOPIC must be",

@@ -36,6 +36,7 @@ from secure_mqtt.topics.requests import (
 )
 
 MAX_PATIENCE = 30.0  # seconds without an answer until all is asked again
+MESSAGES = "messages"  # what is waited for when the keeper has answered
 MAX_SENT = 64  # questions on their way
 
 
@@ -124,6 +125,9 @@ class Enquiries:
     def go_on(self, mqtt: Connection) -> None:
         """Send what can be sent."""
         if time.monotonic() >= self.next_time():
+            is_first = self._patience == NUMBERED.patience and self._settings.is_patient
+            tell = log().warning if is_first else log().info
+            tell("no answer from %r: asking again", self._settings.peer_name)
             self._patience = min(2 * self._patience, MAX_PATIENCE)
             self.interrupt()
         if self._waiting:
@@ -184,6 +188,7 @@ class Enquiries:
         if number not in self._sent:
             return
         enquiry = self._sent.pop(number)
+        mqtt.stage = MESSAGES
         content = f"the answer to a question ({enquiry.ask.do}), encrypted"
         log_message(self._settings, ANSWER_RECEIVED, len(payload), content)
         self._moved, self._patience, self.has_answered = time.monotonic(), NUMBERED.patience, True

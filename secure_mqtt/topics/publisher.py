@@ -167,8 +167,9 @@ class Publisher:
         """
         self._session, self._keys, self._clock = session, keys, clock
         self._window = Window()
-        self._streams: dict[bytes, Stream] = {}  # by the epoch's key, the newest last
-        self._introduced: set[bytes] = set()  # the keys of the epochs in which our hello was sent
+        self._streams: dict[
+            bytes, Stream
+        ] = {}  # by the epoch's key, the newest last: our hello was sent
         self._must_ask = True  # before we publish on
         self._is_kept = False  # whether the keeper keeps messages
         self._is_ending = False  # whether no more will be added
@@ -251,14 +252,13 @@ class Publisher:
 
     def _introduce(self, epoch: Epoch, publish: Publish) -> bool:
         """Publish our hello, if that was not done yet in an epoch; tell whether it was."""
-        if epoch.key not in self._introduced and publish(
+        if epoch.key not in self._streams and publish(
             epoch.seal_hello(self.hello), Receipt(-1, epoch)
         ):
-            self._introduced.add(epoch.key)
             # The others are over, but for the one before.
             self._streams = dict([*self._streams.items()][-1:])
             self._streams[epoch.key] = Stream(epoch, self._session.session)
-        return epoch.key in self._introduced
+        return epoch.key in self._streams
 
     def _send(self, line: Line, epoch: Epoch, publish: Publish) -> bool:
         key, stream = self._session.key, self._streams[epoch.key]
@@ -272,7 +272,7 @@ class Publisher:
     def interrupted(self) -> None:
         """Note that the connection was lost, and perhaps some of what was under way."""
         self._must_ask = True
-        self._introduced.clear()
+        self._streams.clear()
         self._keys.ask_soon()
 
     def learn(self, joined: Joined) -> None:

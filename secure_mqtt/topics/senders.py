@@ -23,6 +23,8 @@ MAX_READERS = 20_000  # the least recently used is forgotten, and asked for agai
 MAX_HELLOS = 1_000  # answers of the keeper that are remembered
 MAX_ASKED = 16  # sessions that the keeper is asked for at a time
 MAX_WANTED = 1_000  # sessions to ask for
+# In place of a hello: it was not believed; or the keeper knew of none, but one may come yet.
+REFUSED, UNKNOWN = b"", b"\0"
 
 
 class Reader(NamedTuple):
@@ -44,7 +46,7 @@ class Senders:
         self._topic, self._keeper, self._authority = topic, keeper, authority
         self._readers: OrderedDict[tuple[bytes, bytes, bool], Reader] = OrderedDict()
         self._counts: dict[bytes, Counter[str]] = {}  # of sessions, by the epoch's key and NetID
-        self._hellos: OrderedDict[bytes, bytes] = OrderedDict()  # by session; empty: there is none
+        self._hellos: OrderedDict[bytes, bytes] = OrderedDict()  # by session
         self._wanted: OrderedDict[bytes, bool] = OrderedDict()  # whether the keeper is being asked
 
     def find(self, epoch: Epoch, session: bytes, is_past: bool = False) -> Reader | None:
@@ -69,7 +71,7 @@ class Senders:
         session = session_of(hello)
         if self.find(epoch, session):
             return session
-        if self._hellos.get(session) == b"":
+        if self._hellos.get(session) == REFUSED:
             raise HelloError("a hello that was refused before")
         sender = self._read(session, hello, None)
         counts = self._counts.setdefault(epoch.key, Counter())
@@ -79,6 +81,8 @@ class Senders:
         for key in [*self._counts][:-2]:  # of epochs that are over
             del self._counts[key]
         self._add(epoch, session, sender, is_past=False)
+        if self._hellos.get(session) == UNKNOWN:
+            del self._hellos[session]
         return session
 
     def ask(self, epoch: Epoch, session: bytes, at: int | None = None) -> Reader | None:
@@ -94,7 +98,7 @@ class Senders:
                 raise HelloError("one of too many sessions that are not known")
             self._wanted.setdefault(session, False)
             return None
-        if not hello:
+        if hello in (REFUSED, UNKNOWN):
             raise HelloError("of a session that nobody has introduced")
         sender = self._read(session, hello, at)
         return self._add(epoch, session, sender, at is not None)
@@ -104,7 +108,7 @@ class Senders:
             return read_hello(hello, self._topic, self._keeper, self._authority, at)
         except PeerKeyError:
             if at is None:
-                self._remember(session, b"")
+                self._remember(session, REFUSED)
             raise
 
     def _add(self, epoch: Epoch, session: bytes, sender: Sender, is_past: bool) -> Reader:
@@ -131,7 +135,7 @@ class Senders:
     def learn(self, session: bytes, hello: bytes) -> None:
         """Take the keeper's answer; an empty one if there is no such session."""
         self._wanted.pop(session, None)
-        self._remember(session, hello if session_of(hello) == session else b"")
+        self._remember(session, hello if session_of(hello) == session else UNKNOWN)
 
     def failed(self, session: bytes) -> None:
         """Note that the keeper does not answer."""
@@ -144,7 +148,9 @@ class Senders:
 
     def forget_refusals(self) -> None:
         """Give those a chance that were refused in an epoch that is over."""
-        for session in [each for each, hello in self._hellos.items() if not hello]:
+        for session in [
+            each for each, hello in self._hellos.items() if hello in (REFUSED, UNKNOWN)
+        ]:
             del self._hellos[session]
 
 

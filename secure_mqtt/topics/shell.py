@@ -51,6 +51,17 @@ class Command(NamedTuple):
         return write_request(self.do, *self.values)
 
 
+def command_of(name: str, words: list[str]) -> Command:
+    """Return what a command that was typed means. UsageError if a word is wrong."""
+    check_number(name, words)
+    values: list[Any] = []
+    if words:
+        values += [checked_topic(words[0]), [checked_member(word) for word in words[1:]]]
+    if name == "create":
+        values.append(HISTORY)
+    return Command("list" if name == "topics" else name, tuple(values))
+
+
 class Errand:
     """A command to the keeper, which is given again until it is answered: that does no harm."""
 
@@ -177,15 +188,8 @@ class Shell(SubscribingMember):
         return False
 
     def _order(self, name: str, rest: str) -> Finished:
-        words = rest.split()
-        check_number(name, words)
-        values: list[Any] = []
-        if words:
-            values += [checked_topic(words[0]), [checked_member(word) for word in words[1:]]]
-        if name == "create":
-            values.append(HISTORY)
-        do = "list" if name == "topics" else name
-        return partial(self._has_answer, Errand(self._enquiries, Command(do, tuple(values))))
+        command = command_of(name, rest.split())
+        return partial(self._has_answer, Errand(self._enquiries, command))
 
     def _has_answer(self, errand: Errand) -> bool:
         if errand.refusal is not None:

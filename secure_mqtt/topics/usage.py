@@ -40,14 +40,14 @@ def check_command(settings: Settings, words: Sequence[str]) -> None:
     command = words[1]
     for option, commands in OPTIONS.items():
         if command not in commands and getattr(settings, option) != getattr(Settings, option):
-            raise UsageError(f"--{option.replace('_', '-')} is not for {command}")
+            raise UsageError(f"--{option.replace('_', '-')} is not for {command}; leave it out")
     if settings.suite and settings.suite not in SUITES:
         raise UsageError(f"--suite {settings.suite} is not for topics; {' and '.join(SUITES)} are")
     if not (settings.identity and settings.peer_ca):
         hint = "a keeper of topics answers only who proves its name, and proves its own"
         raise UsageError(f"{command} needs --identity and --peer-ca", hint)
     if settings.rekey and not settings.lines:
-        raise UsageError("--rekey is for --lines")
+        raise UsageError("--rekey is for --lines; leave it out")
     check_number(command, words[2:])
     if settings.lines and words[3] != "-":
         raise UsageError("--lines publishes the lines of standard input; give - as MESSAGE")
@@ -57,7 +57,7 @@ def check_number(command: str, words: Sequence[str]) -> None:
     """Refuse a command that too few or too many words follow."""
     wanted, least, most = WORDS[command]
     if not least <= len(words) <= most:
-        raise UsageError(f"{command} takes {wanted}")
+        raise UsageError(f"{command} takes: {wanted}")
 
 
 def take_command(settings: Settings, command: str, words: Sequence[str]) -> None:

@@ -33,12 +33,12 @@ PATH = os.pathsep.join(map(str, [*PLACES, os.environ["PATH"]]))
 ERLANG = {
     "ERL_FLAGS": '+S 1:1 +SDcpu 1:1 +SDio 2 +A 1 -kernel inet_dist_use_interface "{127,0,0,1}"',
     "ERL_EPMD_ADDRESS": "127.0.0.1",
-    "HOME": "{folder}",  # for its cookie
+    "HOME": "{folder}/..",  # for the secret that the nodes of a cluster share
 }
 
 
 class Kind(NamedTuple):
-    """A kind of broker. {folder}, {port} and {epmd} stand for what one broker has of them."""
+    """A kind of broker. {folder}, {port}, {nodes} and {epmd} are one broker's own."""
 
     program: str
     file: str  # its settings
@@ -59,6 +59,7 @@ KINDS = {
         | {
             "ERL_EPMD_PORT": "{epmd}",
             "RABBITMQ_NODENAME": "n{port}@localhost",
+            "RABBITMQ_DIST_PORT": "{nodes}",
             "RABBITMQ_CONFIG_FILE": "{folder}/rabbitmq.conf",
             "RABBITMQ_ENABLED_PLUGINS_FILE": "{folder}/plugins",
             "RABBITMQ_MNESIA_BASE": "{folder}",
@@ -108,18 +109,24 @@ def is_installed(kind: Kind) -> bool:
 class Broker:
     """A broker of some kind, on a port of its own."""
 
-    def __init__(self, name: str, folder: Path, epmd: int = 0, extra: str = "") -> None:
+    def __init__(self, name: str, folder: Path, epmd: int = 0) -> None:
         """Write its settings.
 
         :param epmd: the port of Erlang's names, if it needs them
-        :param extra: more settings
         """
         self.kind = KINDS[name]
         self.port = free_port()
         self.folder = folder
-        self._values = {"{folder}": str(folder), "{port}": str(self.port), "{epmd}": str(epmd)}
+        self._values = {
+            "{folder}": str(folder),
+            "{port}": str(self.port),
+            "{nodes}": str(free_port()),
+            "{epmd}": str(epmd),
+        }
+        env = {key: self._filled(value) for key, value in self.kind.env.items()}
+        self.env = os.environ | env | {"PATH": PATH}
         settings = settings_of(name).replace(PORT, str(self.port)).replace(STORE, str(folder))
-        for file, content in {**self.kind.files, self.kind.file: settings + extra}.items():
+        for file, content in {**self.kind.files, self.kind.file: settings}.items():
             (folder / file).write_text(content)
         (folder / "node_modules").symlink_to(INSTALLED / "node_modules")  # where node looks
         self.process: subprocess.Popen[bytes]
@@ -131,24 +138,25 @@ class Broker:
 
     def start(self) -> None:
         """Start it, and wait until it accepts an MQTT connection."""
-        program = shutil.which(self.kind.program, path=PATH)
-        assert program
-        env = {key: self._filled(value) for key, value in self.kind.env.items()}
         with (self.folder / "output.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [program, *map(self._filled, self.kind.arguments)],
-                env=os.environ | {"PATH": PATH} | env,
+                [self.kind.program, *map(self._filled, self.kind.arguments)],
+                env=self.env,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
-        wait_until(lambda: listens(self.port) or self.process.poll() is not None)
-        assert self.process.poll() is None, self.log()
-        wait_for_broker(self.port, self.kind.login)
+        try:
+            wait_until(lambda: listens(self.port) or self.process.poll() is not None)
+            assert self.process.poll() is None, self.log()
+            wait_for_broker(self.port, self.kind.login)
+        except BaseException:
+            self.kill()
+            raise
 
     def kill(self, how: int = signal.SIGKILL) -> None:
-        """End it, if it was started."""
+        """End it."""
         self.process.send_signal(how)
         self.process.wait(SAFETY)
 
@@ -205,8 +213,8 @@ def running(name: str, folder: Path) -> Iterator[Broker]:
     needs_names = "ERL_EPMD_PORT" in KINDS[name].env
     with erlang_names() if needs_names else nullcontext(0) as epmd:
         broker = Broker(name, folder, epmd)
+        broker.start()
         try:
-            broker.start()
             yield broker
         finally:
             broker.kill()

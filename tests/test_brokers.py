@@ -190,9 +190,9 @@ def test_a_broker_is_good_for_it_or_shows_the_limit_that_is_known(
 
 @pytest.mark.parametrize(("netid", "is_unusual"), [("a.b", True), ("a*b", True), ("alice", False)])
 def test_a_hint_tells_of_brokers_that_do_not_pass_a_netid_on(
-    broker: Mosquitto, netid: str, is_unusual: bool
+    own_broker: Mosquitto, netid: str, is_unusual: bool
 ) -> None:
-    where = "-h", "127.0.0.1", "-p", str(broker.port)
+    where = "-h", "127.0.0.1", "-p", str(own_broker.port)
     result = run(*where, "-W", "1", netid, "uppercase", "hello")
     assert result.returncode == 1
     assert (HINT in error_lines(result)) == is_unusual

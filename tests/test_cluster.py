@@ -1,8 +1,7 @@
-"""More than one machine: the broker is a cluster, and one of its nodes after the other is killed."""
+"""More than one machine: the broker is a cluster, whose nodes are killed one after the other."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator

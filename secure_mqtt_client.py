@@ -36,6 +36,8 @@ from secure_mqtt.streams import is_utf8, read_message, say, tell_of_input, write
 from secure_mqtt.suites import SUITES, UnavailableError
 
 if TYPE_CHECKING:  # else loaded where it is used: --help and usage errors need no network
+    from collections.abc import Callable
+
     from secure_mqtt.connection import Connection
     from secure_mqtt.exchange import Exchange
     from secure_mqtt.settings import Settings
@@ -46,6 +48,12 @@ HELP = """\
 usage: secure_mqtt_client.py [options] NETID ACTION MESSAGE
        secure_mqtt_client.py [options] --lines NETID ACTION -
        secure_mqtt_client.py [options] --respond [NETID]
+       secure_mqtt_client.py [options] NETID create TOPIC [MEMBER...]
+       secure_mqtt_client.py [options] NETID admit|remove TOPIC MEMBER...
+       secure_mqtt_client.py [options] NETID publish TOPIC MESSAGE
+       secure_mqtt_client.py [options] --lines NETID publish TOPIC -
+       secure_mqtt_client.py [options] NETID subscribe TOPIC...
+       secure_mqtt_client.py [options] NETID topics|shell
 
 Send a text over MQTT to a responder that transforms it, and print the answer.
 The text is encrypted from end to end: no broker that reads along learns it.
@@ -72,13 +80,39 @@ request:
 responder:
   --respond              answer requests, of every NETID or of the one given
   --status-topic TOPIC   publish there whether it runs, and what it has done
+  --keep FILE            keep shared topics, too: who is a member, their keys,
+                         and messages, all in FILE, which is made if it is not
+                         there; needs --identity and --peer-ca
+  --rotate SECONDS       with --keep: renew the key of each topic so often
+                         (default: 3600)
+
+topics that many share; a responder with --keep hands their keys to members:
+(needs --identity and --peer-ca; --suite is mlkem768x25519 (default) or x25519)
+  create TOPIC           make one, for NETID and the MEMBERs, who are NetIDs
+  admit, remove          let MEMBERs in, or keep them out; for its owner only
+  topics                 list those that NETID is a member of: name, owner and
+                         members, with tabs between these
+  publish TOPIC          send MESSAGE, any bytes, to all members; with --lines
+                         each line as soon as it is read, as long as there are
+                         any; -W is the time without progress (default with
+                         --lines: for ever)
+  subscribe TOPIC        print what members publish, the earlier messages first,
+                         until SIGINT or SIGTERM; -W is the time without any
+                         (default: for ever)
+  shell                  do all this by commands from standard input
+  --history COUNT        for create: how many messages are kept for who comes
+                         later (default: 100; 0: none); for subscribe: how many
+                         of those to print (default: all)
+  --json                 for subscribe: print each message as an object in JSON,
+                         with its time, topic and sender
+  -C, --count COUNT      for subscribe: end after so many messages
 
 broker:
   -h, --host HOST        (lab) its name or address (default: localhost)
   -p, --port PORT        (lab) its TCP port (default: 1884, with TLS 8883)
   -i, --id ID            our MQTT client ID (default: NETID, as in the lab; with
-                         --cert or --username NETID, a hyphen and 16 random
-                         digits; for a responder a random one)
+                         --cert or --username, and for topics, NETID, a hyphen
+                         and 16 random digits; for a responder a random one)
   -u, --username NAME    log in under this name (default: MQTT_USERNAME in the
                          environment)
   --password-file FILE   take the password from FILE, or with - ask for it at
@@ -114,8 +148,9 @@ other:
   --version              print the version
 
 exit status:
-  0 the answer was printed whole; 1 it was not; 2 wrong usage; 130 Ctrl-C;
-  a responder that SIGINT or SIGTERM stops ends with 0
+  0 the answer was printed whole, or what was asked for was done; 1 it was not;
+  2 wrong usage; 130 Ctrl-C; responder and subscribe end with 0 when SIGINT or
+  SIGTERM stops them
 
 It needs Python 3.10 or newer, on Linux or macOS.
 
@@ -161,6 +196,15 @@ def request(
 
 def run_request(settings: "Settings") -> None:
     """Send a request and print the response."""
+    write_output(answer_to(settings, read_message) + b"\n")
+
+
+def answer_to(settings: "Settings", read_text: "Callable[[Settings], bytes]") -> bytes:
+    """Send a request and return the response.
+
+    :param read_text: returns what to send
+    :raises ProgramError: there is no response
+    """
     from secure_mqtt.exchange import new_exchange
     from secure_mqtt.workers import Worker, supervise
 
@@ -176,15 +220,14 @@ def run_request(settings: "Settings") -> None:
     exchange.request()  # says before anybody hears of us if there can be none
     worker.tell("load")
     with services(settings):
-        texts = [read_message(settings)]
+        texts = [read_text(settings)]
         mqtt = Connection(settings)
         end = time.monotonic() + settings.timeout
         try:
             with notice(mqtt):
-                answer = supervise(partial(request, mqtt, settings, exchange, texts), lambda: end)
+                return supervise(partial(request, mqtt, settings, exchange, texts), lambda: end)
         except TimeoutError:
             raise timed_out(mqtt, settings) from None
-    write_output(answer + b"\n")
 
 
 def services(settings: "Settings") -> contextlib.AbstractContextManager[None]:
@@ -203,19 +246,22 @@ def run_session(settings: "Settings") -> None:
     """Send the lines of standard input and print the responses."""
     begin_log(settings)
     from secure_mqtt.exchange import Exchange, exchange_settings
-    from secure_mqtt.session import Session
+    from secure_mqtt.lasting import Session
+    from secure_mqtt.session import Dialogue
     from secure_mqtt.workers import supervise
 
     SUITES[settings.suite].load()
     new_exchange = partial(Exchange, *exchange_settings(settings))
     tell_of_input("lines")
     with services(settings):
-        session = Session(settings, new_exchange)
+        dialogue = Dialogue(settings, new_exchange)
+        session = Session(settings, dialogue)
         try:
             supervise(session.run, session.end)
+            dialogue.check_input()
         except (ProgramError, TimeoutError) as error:
             fault = error if isinstance(error, ProgramError) else session.timed_out()
-            raise ProgramError(f"line {session.first}: {fault}", fault.hint) from None
+            raise ProgramError(f"line {dialogue.window.first}: {fault}", fault.hint) from None
 
 
 def run_responder(settings: "Settings") -> None:
@@ -236,6 +282,36 @@ def run_responder(settings: "Settings") -> None:
         supervise(responder.run, responder.end)
 
 
+def run_member(settings: "Settings") -> None:
+    """Publish on topics, or subscribe to them."""
+    begin_log(settings)
+    from secure_mqtt.lasting import Session
+    from secure_mqtt.topics.roles import new_member
+    from secure_mqtt.workers import supervise
+
+    member = new_member(settings)
+    session = Session(settings, member)
+    if settings.command == "subscribe":
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: member.stop())
+    try:
+        supervise(session.run, lambda: min(session.end(), member.stops_at))
+        member.check()
+    except TimeoutError:
+        if not member.is_stopped:
+            raise session.timed_out() from None
+
+
+def run_command(settings: "Settings") -> None:
+    """Let a keeper of topics do something, and print what it lists."""
+    from secure_mqtt.topics.commands import answer_of, question, table
+
+    do = "list" if settings.command == "topics" else settings.command
+    answer = answer_of(settings, do, answer_to(settings, question))
+    if do == "list":
+        write_output(table(answer))
+
+
 # --- main --------------------------------------------------------------------------------------
 
 
@@ -251,6 +327,17 @@ def begin_log(settings: "Settings") -> None:
 def settings_from(arguments: list[str]) -> "Settings":
     """Return what these arguments mean. UsageError if they are wrong."""
     return parse_settings(arguments, HELP, __version__)
+
+
+def role_of(settings: "Settings") -> "Callable[[Settings], None]":
+    """Return the function that does what the settings ask for."""
+    if settings.respond:
+        return run_responder
+    if settings.command in ("publish", "subscribe", "shell"):
+        return run_member
+    if settings.command:
+        return run_command
+    return run_session if settings.lines else run_request
 
 
 def report(error: ProgramError) -> int:
@@ -271,8 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         settings = settings_from(sys.argv[1:] if argv is None else argv)
-        run = run_session if settings.lines else run_request
-        (run_responder if settings.respond else run)(settings)
+        role_of(settings)(settings)
     except ProgramError as error:
         return report(error)
     except ImportError as error:

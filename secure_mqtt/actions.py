@@ -37,3 +37,5 @@ TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
     "random": drop_and_double,
 }
 ACTIONS = tuple(TRANSFORMATIONS)
+# What a member of shared topics can do; no actions, and so none of their names either.
+COMMANDS = ("create", "admit", "remove", "topics", "publish", "subscribe", "shell")

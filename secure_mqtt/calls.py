@@ -52,7 +52,9 @@ def call(
     :raises ProgramError: the connection has ended
     """
     ask(mqtt, settings, action, payload)
-    size = len(payload)
+    # What a keeper of topics answers is as large as it must be, however short the question was.
+    is_command = settings.command and action != KEY_EXCHANGE
+    size = max(len(payload), MAX_TEXT) if is_command else len(payload)
     del payload  # it may be large
     topic = RESPONSE.format(settings.netid, action)
     while True:

@@ -11,18 +11,21 @@ from functools import partial
 from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
-from secure_mqtt.actions import ACTIONS, NETID
+from secure_mqtt.actions import ACTIONS, COMMANDS, NETID
 from secure_mqtt.errors import UsageError
 from secure_mqtt.log import PROGRAM
 from secure_mqtt.settings import Settings, client_id, read_file
 from secure_mqtt.streams import is_utf8, write_output
 from secure_mqtt.suites import SUITES
+from secure_mqtt.topics.names import MAX_HISTORY
 
 DEFAULT_PORT = 1884  # the lab's
 DEFAULT_TLS_PORT = 8883  # secure-mqtt, as registered with IANA
 # A peer on the course's own module needs over 10 s on cryptography 49 and newer.
 DEFAULT_TIMEOUT = 30.0  # seconds
 MAX_TIMEOUT = 86_400.0  # seconds: far more overflows the clocks of the system
+MIN_ROTATION, MAX_ROTATION = 1.0, 604_800.0  # seconds; the latter is a week
+DEFAULT_ROTATION = 3600.0  # seconds
 DNS_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # RFC 1034, 3.5; RFC 1123, 2.1
 DNS_NAME = re.compile(rf"{DNS_LABEL}(\.{DNS_LABEL})*")
 T = TypeVar("T")
@@ -66,18 +69,23 @@ def build_parser(help_text: str, version: str) -> Parser:
     seconds = checked(float, lambda value: 0 < value <= MAX_TIMEOUT, time_span)
     add("-W", "--timeout", type=seconds)
     add("--rekey", type=seconds)
+    day = f"a number of seconds from {MIN_ROTATION:g} to {MAX_ROTATION:g}"
+    add("--rotate", type=checked(float, lambda value: MIN_ROTATION <= value <= MAX_ROTATION, day))
     suites = " or ".join(SUITES)
     add("--suite", type=checked(str, SUITES.__contains__, suites))
     add("-h", "--host", type=host)
     port_range = "a number from 1 to 65535"
     add("-p", "--port", type=checked(decimal, lambda value: 1 <= value <= 65535, port_range))
     add("-i", "--id", type=checked(str, is_mqtt_string, "UTF-8 text of 1 to 65535 bytes"))
-    for option in ("identity", "peer-ca", "cafile", "cert", "key", "password-file"):
+    for option in ("keep", "identity", "peer-ca", "cafile", "cert", "key", "password-file"):
         add(f"--{option}", type=checked(str, bool, "a file's name"))
     add("--peer-name", type=checked(str, DNS_NAME.fullmatch, "a DNS name"))
     add("-u", "--username", type=checked(str, is_mqtt_string, "UTF-8 text"))
     add("--status-topic", type=checked(str, is_topic, "a topic without + and #"))
-    for option in ("--respond", "--local", "--lines", "--tls", "--insecure"):
+    kept = f"a number from 0 to {MAX_HISTORY}"
+    add("--history", type=checked(decimal, lambda value: 0 <= value <= MAX_HISTORY, kept))
+    add("-C", "--count", type=checked(decimal, lambda value: value > 0, "a number from 1 on"))
+    for option in ("--respond", "--local", "--lines", "--json", "--tls", "--insecure"):
         add(option, action="store_true")
     add("--config", type=checked(str, bool, "a file's name"), action="append")
     add("-v", "--verbose", action="store_true")
@@ -194,6 +202,10 @@ def check_combination(settings: Settings, words: Sequence[str]) -> None:
     """Refuse arguments that are right one by one, but not together."""
     if settings.respond:
         check_responder(settings, words)
+    elif words[1:] and words[1] in COMMANDS:
+        from secure_mqtt.topics.usage import check_command
+
+        check_command(settings, words)
     else:
         check_request(settings, words)
     if settings.local and settings.uses_tls:
@@ -212,8 +224,14 @@ def check_responder(settings: Settings, words: Sequence[str]) -> None:
         raise UsageError("--respond takes no ACTION and no MESSAGE; to send a request, omit it")
     if settings.timeout:
         raise UsageError("--respond answers until it is stopped; --timeout is for a request")
-    for option in ("suite", "lines", "rekey", "peer_name"):
-        if getattr(settings, option):
+    if settings.keep and not (settings.identity and settings.peer_ca):
+        raise UsageError(
+            "--keep needs --identity and --peer-ca: members and keeper prove who they are"
+        )
+    if settings.rotate and not settings.keep:
+        raise UsageError("--rotate is for --keep: how often the keys of its topics are renewed")
+    for option in ("suite", "lines", "rekey", "peer_name", "json", "count", "history"):
+        if getattr(settings, option) != getattr(Settings, option):
             name = option.replace("_", "-")
             raise UsageError(f"--respond answers requests as they come; --{name} is for a request")
 
@@ -224,8 +242,11 @@ def check_request(settings: Settings, words: Sequence[str]) -> None:
         raise UsageError("NETID, ACTION and MESSAGE are needed, or --respond to answer requests")
     if len(words) > 3:
         raise UsageError("there are more arguments than NETID, ACTION and MESSAGE; quote MESSAGE")
-    if settings.status_topic:
-        raise UsageError("--status-topic is for --respond")
+    for option in ("status_topic", "keep", "rotate"):
+        if getattr(settings, option):
+            raise UsageError(f"--{option.replace('_', '-')} is for --respond")
+    if settings.history is not None or settings.json or settings.count:
+        raise UsageError("--history, --json and --count are for topics that many share")
     if settings.lines and words[2] != "-":
         raise UsageError("--lines sends the lines of standard input; give - as MESSAGE")
     if settings.rekey and not settings.lines:
@@ -239,9 +260,9 @@ def check_request(settings: Settings, words: Sequence[str]) -> None:
 
 
 def check_words(settings: Settings, words: Sequence[str]) -> None:
-    """Take NETID, ACTION and MESSAGE. UsageError if one is wrong."""
-    settings.netid, settings.action, message = (*words, "", "", "")[:3]
-    netid, action = settings.netid, settings.action
+    """Take NETID, ACTION and MESSAGE, or what a command has. UsageError if one is wrong."""
+    settings.netid, action, message = (*words, "", "", "")[:3]
+    netid = settings.netid
     if words and not NETID.fullmatch(netid):
         raise UsageError(
             "NETID must be one level of a topic: 1 to 64 characters without / + #, controls, and $"
@@ -252,11 +273,17 @@ def check_words(settings: Settings, words: Sequence[str]) -> None:
             "--identity and --peer-ca need a NETID that a certificate can name: 1 to 63 letters,"
             f" digits and inner hyphens; not {netid[:80]!r}"
         )
+    if words[1:] and action in COMMANDS:
+        from secure_mqtt.topics.usage import take_command
+
+        take_command(settings, action, words[2:])
+        return
+    settings.action = action
     if words[1:] and action not in ACTIONS:
         from secure_mqtt.hints import suggestion
 
         problem = f"ACTION must be one of {', '.join(ACTIONS)}; not {action[:80]!r}"
-        raise UsageError(problem, suggestion(action[:80], ACTIONS))
+        raise UsageError(problem, suggestion(action[:80], ACTIONS + COMMANDS))
     if not is_typed_utf8(message):
         raise UsageError("MESSAGE must be UTF-8 text")
     settings.message = None if message == "-" else os.fsencode(message)  # as typed, in any locale
@@ -264,8 +291,10 @@ def check_words(settings: Settings, words: Sequence[str]) -> None:
 
 def fill_in(settings: Settings) -> None:
     """Put the defaults where nothing was given, and read the login."""
+    settings.is_patient = settings.is_patient and not settings.timeout
     settings.timeout = settings.timeout or DEFAULT_TIMEOUT
-    settings.suite = settings.suite or "dh4096"
+    settings.suite = settings.suite or ("mlkem768x25519" if settings.command else "dh4096")
+    settings.rotate = settings.rotate or DEFAULT_ROTATION
     settings.host = settings.host or "localhost"
     settings.port = settings.port or (DEFAULT_TLS_PORT if settings.uses_tls else DEFAULT_PORT)
     settings.peer_name = settings.peer_name or "responder"

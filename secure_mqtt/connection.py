@@ -8,7 +8,7 @@ import select
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -40,6 +40,7 @@ class Network:
     def __init__(self, client: paho.Client, inbox: Inbox, uses_tls: bool) -> None:
         """Take the client, and where its callbacks put what comes."""
         self.owed: list[int] = []  # the packet identifiers of what came in, to be acknowledged
+        self.is_paused = False  # whether that has to wait, so that the broker waits, too
         self._client = client
         self._inbox = inbox
         self._uses_tls = uses_tls
@@ -47,15 +48,17 @@ class Network:
         self._unread = 0  # ... so many bytes
         client._sock_recv = partial(self._receive, client._sock_recv)  # type: ignore[method-assign]
 
-    def step(self, others: Sequence[Any], has_work: bool) -> list[Any]:
-        """Read and write what can be, once something can or for LOOP_INTERVAL.
+    def step(self, others: Sequence[Any], seconds: float, output: Sequence[Any] = ()) -> list[Any]:
+        """Read and write what can be, once something can or after a time.
 
         :param others: things that select() takes, to be waited for as well
-        :param has_work: whether to come back at once
-        :return: those of them that can be read
+        :param seconds: the time, but LOOP_INTERVAL at most
+        :param output: other things, to be waited for until they can be written
+        :return: those of both that are ready
         :raises Exception: whatever paho raises; ConnectionError if the connection has ended
         """
-        self.acknowledge()
+        if not self.is_paused:
+            self.acknowledge()
         client = self._client
         client.loop_misc()  # keep-alive: closes a connection that is dead
         sock: Any = client.socket()
@@ -64,9 +67,11 @@ class Network:
         # A broker that does not read is not read from: what it makes us owe would pile up.
         to_read, to_write = ([], [sock]) if client.want_write() else ([sock], [])
         is_pending = bool(to_read and (self._unread or is_decrypted(sock)))
-        timeout = 0 if has_work or is_pending else LOOP_INTERVAL
-        readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
-        code = client.loop_write() if writable else 0
+        timeout = 0 if is_pending else max(0, min(seconds, LOOP_INTERVAL))
+        readable, writable, _ = select.select(
+            [*to_read, *others], [*to_write, *output], [], timeout
+        )
+        code = client.loop_write() if sock in writable else 0
         if sock in readable or is_pending:
             code = self._read(sock)
             if self._uses_tls:  # its session tickets are no packets that paho tells of
@@ -75,9 +80,7 @@ class Network:
             import paho.mqtt.client as paho
 
             raise ConnectionError(paho.error_string(code).rstrip("."))
-        if sock in readable:
-            readable.remove(sock)
-        return readable
+        return [ready for ready in readable + writable if ready is not sock]
 
     def _read(self, sock: Any) -> int:
         """Read what has come, but not for long: a flood shall not keep its answers waiting.
@@ -103,7 +106,14 @@ class Network:
         self._unread = max(0, self._unread - size)
         return self._received.read(size)
 
-    def publish(self, outbox: Outbox, topic: str, payload: bytes, retain: bool) -> bool:
+    def publish(
+        self,
+        outbox: Outbox,
+        topic: str,
+        payload: bytes,
+        retain: bool,
+        receipt: Callable[[], None] | None,
+    ) -> bool:
         """Publish at QoS 1. False if that can't be done."""
         try:
             publication = self._client.publish(topic, payload, QOS, retain)
@@ -111,7 +121,7 @@ class Network:
             return False
         if publication.rc and self._client.socket():
             return False
-        outbox.add(publication.mid, len(payload))  # also what has ended the connection
+        outbox.add(publication.mid, len(payload), receipt)  # also what has ended the connection
         return not publication.rc
 
     def close(self, is_orderly: bool) -> None:
@@ -199,19 +209,38 @@ class Connection:
 
     def subscribe(self, *topics: str) -> None:
         """Subscribe at QoS 1, in one packet; wait for the SUBACK. ProgramError for a refusal."""
-        self._client.subscribe([(topic, QOS) for topic in topics])
-        while self._granted is None:
-            self.wait()
-        if self._granted != [QOS] * len(topics):
-            codes = zip(topics, self._granted, strict=False)
-            refused = [topic for topic, code in codes if code != QOS] or topics
+        if refused := self.refused(*topics):
             raise refused_topics(self._settings, refused)
         tell(self._settings, "SUBACK for %s", " and ".join(topics))
 
-    def publish(self, topic: str, payload: bytes, retain: bool = False) -> bool:
-        """Publish at QoS 1. False: too large, too much in flight, or no broker."""
+    def refused(self, *topics: str) -> Sequence[str]:
+        """Do as subscribe() does, but return which topics the broker has refused."""
+        self._granted = None
+        self._client.subscribe([(topic, QOS) for topic in topics])
+        while self._granted is None:
+            self.wait()
+        if self._granted == [QOS] * len(topics):
+            return []
+        codes = zip(topics, self._granted, strict=False)
+        return [topic for topic, code in codes if code != QOS] or topics
+
+    def unsubscribe(self, topic: str) -> None:
+        """Let the broker send nothing more of a topic; what is under way still comes."""
+        self._client.unsubscribe(topic)
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        retain: bool = False,
+        receipt: Callable[[], None] | None = None,
+    ) -> bool:
+        """Publish at QoS 1. False: too large, too much in flight, or no broker.
+
+        :param receipt: what outbox.receipts gets when the broker has acknowledged it, if anything
+        """
         return self.outbox.has_room(len(payload)) and self._network.publish(
-            self.outbox, topic, payload, retain
+            self.outbox, topic, payload, retain, receipt
         )
 
     def flush(self) -> None:
@@ -220,21 +249,34 @@ class Connection:
             self.wait()
             self.inbox.clear()  # nobody takes them any more
 
-    def wait(self, others: Sequence[Any] = (), is_busy: bool = False) -> list[Any]:
+    def pause(self, is_paused: bool) -> None:
+        """Leave in the inbox what comes, and let the broker wait for acknowledgements, or go on."""
+        self._network.is_paused = is_paused
+
+    def wait(
+        self,
+        others: Sequence[Any] = (),
+        is_busy: bool = False,
+        seconds: float = LOOP_INTERVAL,
+        output: Sequence[Any] = (),
+    ) -> list[Any]:
         """Let the network go on until something comes, or for LOOP_INTERVAL.
 
         :param others: things that select() takes, to be waited for as well
         :param is_busy: whether to come back at once
-        :return: those of them that can be read
+        :param seconds: after which to come back anyway
+        :param output: things that are waited for until they can be written
+        :return: those of both that are ready
         :raises ProgramError: the connection has ended
         :raises TimeoutError: so has the patience
         """
-        readable: list[Any] = []
+        ready: list[Any] = []
         if self._failure:
             raise self._failure
         try:
-            has_work = is_busy or bool(self.inbox and self._granted)
-            readable = self._network.step(others, has_work)
+            has_work = self.inbox and self._granted and not self._network.is_paused
+            timeout = 0 if is_busy or has_work else seconds
+            ready = self._network.step(others, timeout, output)
         except Exception as error:
             # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
             self._failure = explain(error, self.stage, self._settings, self.outbox.largest)
@@ -243,7 +285,7 @@ class Connection:
                 raise self._failure from None
         if time.monotonic() > self.patience_ends:
             raise TimeoutError("no answer came")
-        return readable
+        return ready
 
     def next_message(self) -> Message:
         """Wait for a message, and take it. ProgramError: the connection has ended."""
@@ -283,6 +325,18 @@ class Connection:
         if message.qos:
             self._network.owed.append(message.mid)
         self.inbox.put(Message(message.topic, bytes(message.payload), message.retain))
+
+
+class PatientConnection(Connection):
+    """A connection whose messages are acknowledged when that is said, and not before."""
+
+    def acknowledge(self, messages: Iterable[Message]) -> None:
+        """Acknowledge messages: they need never come again."""
+        self._network.owed += [message.mid for message in messages if message.mid]
+
+    def _on_message(self, client: object, userdata: object, message: Any) -> None:
+        content = message.topic, bytes(message.payload)
+        self.inbox.put(Message(*content, message.retain, message.mid if message.qos else 0))
 
 
 @functools.cache

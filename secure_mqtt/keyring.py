@@ -10,7 +10,7 @@ from typing import NamedTuple
 from crypto import TokenError
 from secure_mqtt.actions import MAX_TEXT
 from secure_mqtt.errors import UnusableError
-from secure_mqtt.suites import Cipher, LabResponder
+from secure_mqtt.suites import Cipher, GcmCipher, LabResponder
 
 KEYS_PER_NETID = 8  # so many clients can use a NetID at the same time
 MAX_PROVEN = 80_000  # keys that have opened a request, of all NetIDs
@@ -114,13 +114,18 @@ class Keyring:
         if len(self._unproven) > MAX_UNPROVEN:
             self.forget(next(iter(self._unproven)))
 
-    def open(self, netid: str, topic: str, message: bytes) -> Opened:
+    def open(
+        self, netid: str, topic: str, message: bytes, kind: type[GcmCipher] | None = None
+    ) -> Opened:
         """Open a request.
 
+        :param kind: of the ciphers that may open it; None: any
         :raises TokenError: no key opens it
         :raises UnusableError: it was here before, or is too large
         """
         for key, cipher in self.able(netid, len(message)):
+            if kind and not isinstance(cipher, kind):
+                continue
             with contextlib.suppress(TokenError):
                 number, text = cipher.open(topic, message)
                 self.use(key, number, message)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from secure_mqtt.errors import ProgramError
-from secure_mqtt.streams import check_size, checked_message, is_utf8, standard_input
+from secure_mqtt.streams import check_size, check_text, is_utf8, standard_input
 
 CHUNK_SIZE = 2**16  # bytes, read from standard input at a time
 WINDOW_BYTES = 2**20  # of the lines sent, but not answered yet; one alone may have more
@@ -17,8 +17,17 @@ WINDOW_BYTES = 2**20  # of the lines sent, but not answered yet; one alone may h
 class InputLines:
     """The lines of standard input, also for select(), which does not take files everywhere."""
 
-    def __init__(self) -> None:
-        """Begin to read."""
+    def __init__(
+        self,
+        check_size: Callable[[int], None] = check_size,
+        check_line: Callable[[bytes], None] = check_text,
+    ) -> None:
+        """Begin to read.
+
+        :param check_size: raises ProgramError for a line of too many bytes
+        :param check_line: likewise for a whole line that can't be sent
+        """
+        self._check_size, self._check_line = check_size, check_line
         self._socket, copy = socket.socketpair()
         self.fileno = self._socket.fileno
         self._rest = bytearray()  # a line of which more is to come
@@ -47,9 +56,11 @@ class InputLines:
         lines = []
         try:
             for start in others:
-                lines.append(checked_message(bytes(self._rest)))
+                self._check_size(len(self._rest))
+                self._check_line(bytes(self._rest))
+                lines.append(bytes(self._rest))
                 self._rest = bytearray(start)
-            check_size(len(self._rest))  # whose end may never come
+            self._check_size(len(self._rest))  # whose end may never come
         except ProgramError as error:
             self.fault, self.has_ended = error, True
         return lines

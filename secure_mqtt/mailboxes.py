@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 MAX_MESSAGES = 10_000  # received, but not handled yet; more are dropped
@@ -15,6 +16,7 @@ class Message(NamedTuple):
     topic: str
     payload: bytes
     is_retained: bool
+    mid: int = 0  # the packet identifier; 0: none, or it is acknowledged already
 
 
 class Inbox:
@@ -58,7 +60,9 @@ class Outbox:
 
     def __init__(self) -> None:
         self.largest_taken = 0  # bytes of the largest payload that was acknowledged
+        self.receipts: deque[Callable[[], None]] = deque()  # of what was; who wants them takes them
         self._sizes: dict[int, int] = {}  # of the payloads, in bytes, by packet identifier
+        self._receipts: dict[int, Callable[[], None]] = {}  # likewise
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -73,13 +77,17 @@ class Outbox:
         """Tell whether a payload of so many bytes may be published."""
         return not self._sizes or self._bytes + size <= MAX_BYTES
 
-    def add(self, mid: int, size: int) -> None:
-        """Note what was published."""
+    def add(self, mid: int, size: int, receipt: Callable[[], None] | None = None) -> None:
+        """Note what was published. receipt: what to put into receipts then; None: nothing."""
         self._sizes[mid] = size
+        if receipt is not None:
+            self._receipts[mid] = receipt
         self._bytes += size
 
     def remove(self, mid: int) -> None:
         """Note that it was acknowledged."""
         size = self._sizes.pop(mid, 0)
         self._bytes -= size
+        if mid in self._receipts:
+            self.receipts.append(self._receipts.pop(mid))
         self.largest_taken = max(self.largest_taken, size)

@@ -21,10 +21,11 @@ from secure_mqtt.calls import (
     timed_out,
     topics,
 )
-from secure_mqtt.connection import Connection, backoff
+from secure_mqtt.connection import Connection
 from secure_mqtt.errors import ProgramError, UnusableError
 from secure_mqtt.exchange import Channel, Exchange
-from secure_mqtt.faults import CONNACK, CONNECTING, LARGE_MESSAGE, SUBACK
+from secure_mqtt.faults import LARGE_MESSAGE
+from secure_mqtt.lasting import Patience
 from secure_mqtt.lines import InputLines, Window
 from secure_mqtt.log import log
 from secure_mqtt.mailboxes import Message
@@ -35,7 +36,6 @@ from secure_mqtt.suites import SUITES
 IDLE_TIME = 30.0  # seconds after which a key is renewed: a responder may forget it
 MAX_KEYS = 8  # of one exchange that are tried, since any may be the responder's
 QUICK = 1.0  # seconds: who answers an exchange within them is not one of the slow responders
-MAX_LOSSES = 3  # of a connection, each with the same large line on its way
 
 
 class Pace(NamedTuple):
@@ -145,40 +145,6 @@ class SessionKey:
         return answer
 
 
-class Patience:
-    """How long to wait: until all is tried again, and until it is given up."""
-
-    def __init__(self, seconds: float, timeout: float) -> None:
-        """Begin to wait; at most for half the timeout, before all is tried again."""
-        self._first_seconds = min(seconds, timeout / 2)
-        self._timeout = timeout
-        self.begin()
-
-    def begin(self) -> None:
-        """Count the time from now on: an answer has come, or the first of some lines."""
-        self.began = self._tried = time.monotonic()
-        self._seconds = self._first_seconds
-        self._delays = backoff()
-        self.losses = 0  # of the connection, with a large line on its way
-
-    def note_try(self) -> None:
-        """Count the time until it is tried again from now on."""
-        self._tried = time.monotonic()
-
-    def delay(self) -> float:
-        """Return the seconds to wait before another connection, on which patience is longer."""
-        self._seconds *= 2
-        return next(self._delays)
-
-    def ends(self) -> float:
-        """Return when all is to be tried again, of time.monotonic()."""
-        return self._tried + self._seconds
-
-    def gives_up(self) -> float:
-        """Return when it is to be given up, of time.monotonic()."""
-        return self.began + self._timeout
-
-
 class Dialogue:
     """What is said over the connections, one after the other: keys, lines, and their answers."""
 
@@ -194,6 +160,24 @@ class Dialogue:
         self.patience = Patience(pace.patience, settings.timeout)
         self.is_printing = False  # which lasts as long as the reader pleases
 
+    @property
+    def subscriptions(self) -> list[str]:
+        """The topics to subscribe to."""
+        return [RESPONSE.format(self._settings.netid, KEY_EXCHANGE), self._answering]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is waited for."""
+        return not self.window
+
+    def timed_out(self) -> ProgramError:
+        """Return the error for a session without answers."""
+        return timed_out(self._mqtt, self._settings)
+
+    def is_fatal(self, size: int) -> bool:
+        """Tell whether a message of so many bytes may be what has ended the connection."""
+        return self.window.sent == 1 and size >= LARGE_MESSAGE
+
     def run(self, mqtt: Connection) -> None:
         """Go on over a connection until all lines are answered.
 
@@ -201,6 +185,7 @@ class Dialogue:
         :raises ProgramError: the connection has ended, or the first line can't be answered
         """
         self._mqtt = mqtt
+        mqtt.stage = EXCHANGE
         while self.window or not self._input.has_ended:
             self._go_on()
 
@@ -298,80 +283,3 @@ class Dialogue:
             self.is_printing = False
             self.patience.begin()
         self.window.check()
-
-
-class Session:
-    """Each line of standard input is a request; the answers are printed in their order.
-
-    The dialogue outlasts its connection to the broker, which is made again when it was lost.
-    """
-
-    def __init__(self, settings: Settings, new_exchange: Callable[[], Exchange]) -> None:
-        """Begin to read standard input."""
-        self._settings = settings
-        self._dialogue = Dialogue(settings, new_exchange)
-        self._mqtt = Connection(settings)
-        self._has_connected = False  # ever
-        self._setback: ProgramError | None = None  # why it is not connected any more
-
-    @property
-    def first(self) -> int:
-        """The number of the first line that is not answered."""
-        return self._dialogue.window.first
-
-    def end(self) -> float:
-        """Return when it is to be given up; never while there is nothing to wait for."""
-        dialogue = self._dialogue
-        is_connected = self._mqtt.stage not in (CONNECTING, CONNACK, SUBACK)
-        is_idle = dialogue.is_printing or (is_connected and not dialogue.window)
-        return float("inf") if is_idle else dialogue.patience.gives_up()
-
-    def timed_out(self) -> ProgramError:
-        """Return the error for that."""
-        return self._setback or timed_out(self._mqtt, self._settings)
-
-    def run(self) -> None:
-        """Answer all lines. ProgramError: the line with the number in first can't be answered."""
-        while reason := self._try():
-            log().info("connecting again: %s", reason)
-            self._dialogue.interrupt()
-            self._mqtt = Connection(self._settings)
-            time.sleep(self._dialogue.patience.delay())
-        self._dialogue.check_input()
-
-    def _try(self) -> Exception | None:
-        """Do it over one connection. The result is why another one is needed, if so."""
-        try:
-            with self._mqtt:
-                self._connect()
-                self._dialogue.run(self._mqtt)
-        except TimeoutError as error:
-            self._setback = self._stall()
-            return error
-        except ProgramError as error:
-            self._accept_loss(error)
-            return error
-        return None
-
-    def _connect(self) -> None:
-        self._mqtt.connect()
-        _, topic = topics(self._settings)
-        self._mqtt.subscribe(RESPONSE.format(self._settings.netid, KEY_EXCHANGE), topic)
-        self._mqtt.stage = EXCHANGE
-        self._has_connected = True
-        self._setback = None
-
-    def _stall(self) -> ProgramError:
-        """Return what to say if the time is over before it is connected again."""
-        fault = timed_out(self._mqtt, self._settings)
-        again = f"connecting to {self._settings.broker} again was under way"
-        return ProgramError(f"{fault}; {again}", fault.hint)
-
-    def _accept_loss(self, error: ProgramError) -> None:
-        """Take the end of the connection, or raise its error if another one can't help."""
-        patience = self._dialogue.patience
-        if self._dialogue.window.sent == 1 and self._mqtt.outbox.largest >= LARGE_MESSAGE:
-            patience.losses += 1
-        if error.is_final or not self._has_connected or patience.losses == MAX_LOSSES:
-            raise error
-        self._setback = error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from crypto import KeyFileError
@@ -24,13 +24,22 @@ class Settings(argparse.Namespace):
 
     netid = ""  # for a responder: every NetID
     action = ""
-    message: bytes | None = None  # UTF-8; None: standard input
+    command = ""  # one of COMMANDS, or none
+    topics: Sequence[str] = ()
+    members: Sequence[str] = ()  # to create a topic with, to admit or to remove
+    history: int | None = None  # messages to be kept, or to be shown of these; None: all
+    json = False
+    count = 0  # messages until subscribe ends
+    message: bytes | None = None  # UTF-8, if for a request; None: standard input
     timeout = 0.0  # seconds
+    is_patient = False  # whether it goes on for ever, since no timeout was given
     suite = ""
     lines = False
     rekey = 0.0  # seconds
     respond = False
     status_topic = ""
+    keep = ""  # the keeper's file
+    rotate = 0.0  # seconds
     host = ""
     port = 0
     id = ""
@@ -119,7 +128,7 @@ def client_id(settings: Settings) -> str:
     """
     if settings.respond:
         return random_id()
-    if settings.cert or settings.username:
+    if settings.cert or settings.username or settings.command:
         return f"{settings.netid}-{os.urandom(8).hex()}"
     return settings.netid
 

@@ -30,14 +30,24 @@ def is_utf8(text: bytes) -> bool:
 
 def read_message(settings: Settings) -> bytes:
     """Return the message, from standard input if the command line says so."""
-    if settings.message is not None:
-        return settings.message
+    message = settings.message
+    if message is None:
+        message = read_input()
+        check_size(len(message))
+        check_text(message)
+    return message
+
+
+def read_input(most: int = -1) -> bytes:
+    """Return what is on standard input as MESSAGE.
+
+    :param most: bytes that are read at most; negative: all
+    """
     tell_of_input("MESSAGE")
     try:
-        message = standard_input().read()
+        return standard_input().read(most)
     except OSError as error:
         raise ProgramError(f"cannot read standard input: {error.strerror}") from None
-    return checked_message(message)
 
 
 def tell_of_input(what: str) -> None:
@@ -53,12 +63,10 @@ def standard_input() -> io.BufferedReader:
     return cast("io.BufferedReader", sys.stdin.buffer)
 
 
-def checked_message(text: bytes) -> bytes:
-    """Return a message, or raise ProgramError if it can't be sent."""
-    check_size(len(text))
-    if not is_utf8(text):
+def check_text(message: bytes) -> None:
+    """Raise ProgramError for a message that is no text."""
+    if not is_utf8(message):
         raise ProgramError("MESSAGE on standard input is not UTF-8 text")
-    return text
 
 
 def check_size(size: int) -> None:

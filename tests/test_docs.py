@@ -176,7 +176,9 @@ FILE = re.compile(r"[\w./-]+\.(py|pem|txt|md|toml|conf|sh|crt|key|svg|json|yaml|
 
 def is_file(name: str) -> bool:
     """Tell whether the project has a file; one of the package may be named without it."""
-    return any((ROOT / folder / name).exists() for folder in ("", "secure_mqtt"))
+    return any(
+        (ROOT / folder / name).exists() for folder in ("", "secure_mqtt", "secure_mqtt/topics")
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)

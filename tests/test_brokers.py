@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,18 +24,16 @@ class Site:
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
         self.login = broker.kind.login
-        names = "MQTT_USERNAME", "MQTT_PASSWORD"
-        self.env = os.environ | dict(zip(names, self.login or (), strict=False))
         self.where = "-h", "127.0.0.1", "-p", str(broker.port)
 
     def run(self, *arguments: str, stdin: bytes | None = None) -> Run:
         """Run the program to its end."""
-        return run(*self.where, *arguments, stdin=stdin, env=self.env)
+        return run(*self.where, *arguments, stdin=stdin)
 
     @contextmanager
     def responder(self, *options: str) -> Iterator[ResponderProcess]:
         """Run a responder."""
-        process = ResponderProcess(*self.where, *options, env=self.env)
+        process = ResponderProcess(*self.where, *options)
         try:
             process.wait_for("ready")
             yield process
@@ -171,7 +168,13 @@ def name(request: pytest.FixtureRequest) -> str:
 def site(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     if not is_installed(KINDS[name]):
         pytest.skip(f"{name} is not installed: docs/brokers.md says how to")
-    with running(name, tmp_path_factory.mktemp(name)) as broker:
+    with (
+        running(name, tmp_path_factory.mktemp(name)) as broker,
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        variables = "MQTT_USERNAME", "MQTT_PASSWORD"
+        for variable, value in zip(variables, broker.kind.login or (), strict=False):
+            environment.setenv(variable, value)
         yield Site(broker)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from conftest import PROGRAM, SAFETY, Mosquitto, ResponderProcess, Run, run, wait_until
 from keeping import COURSE, keeper_options, private_pem
 from members import Certifier
+from other_brokers import Broker
 
 
 class Process:
@@ -99,7 +100,7 @@ class Club:
     """A keeper at a broker, and members with identities."""
 
     def __init__(
-        self, folder: Path, broker: Mosquitto, *options: str, certifier: Certifier = COURSE
+        self, folder: Path, broker: Mosquitto | Broker, *options: str, certifier: Certifier = COURSE
     ) -> None:
         self.broker, self.folder, self.certifier = broker, folder, certifier
         self._options = [*keeper_options(folder, broker.port, certifier), *options]
@@ -162,7 +163,7 @@ class Club:
 
 
 @contextlib.contextmanager
-def club(folder: Path, broker: Mosquitto, *options: str) -> Iterator[Club]:
+def club(folder: Path, broker: Mosquitto | Broker, *options: str) -> Iterator[Club]:
     """Found a club, which ends with the block."""
     founded = Club(folder, broker, *options)
     try:

@@ -9,12 +9,13 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import pytest
+import sharing
 from broker_side import Client
 from conftest import Mosquitto, ResponderProcess, Run, error_lines, run
 from other_brokers import KINDS, Broker, is_installed, running
 
 QUICK = "mosquitto", "amqtt"  # those that the other tests need anyway
-STATUS = "status/responder"
+STATUS, TOPIC = "status/responder", "sensors/kitchen"
 PATIENCE = 10  # seconds, where some brokers are known to let one wait for ever
 
 
@@ -117,6 +118,22 @@ def one_netid(netid: str, *options: str) -> Callable[[Site], None]:
     return check
 
 
+def topics(site: Site) -> None:
+    """Members share a topic, whose messages outlast the broker."""
+    before, after = ([f"{when} {n}\n".encode() for n in range(100)] for when in ("before", "after"))
+    with sharing.club(site.broker.folder / "club", site.broker) as club:
+        club.do("alice", "create", TOPIC, "bob")
+        bob = club.subscribe("bob", TOPIC)
+        alice = club.start("alice", "--lines", "publish", TOPIC, "-")
+        alice.write(b"".join(before))
+        bob.wait_for_lines(len(before))
+        site.broker.restart()
+        alice.write(b"".join(after))
+        alice.end_input()
+        assert bob.wait_for_lines(len(before + after)) == before + after
+        assert (alice.wait(), alice.notes) == (0, [])
+
+
 # The columns of the table.
 CHECKS: Mapping[str, Callable[[Site], None]] = {
     "request": one_request,
@@ -126,6 +143,7 @@ CHECKS: Mapping[str, Callable[[Site], None]] = {
     "`status/#`": status_by_wildcard,
     "1 MiB": one_mebibyte,
     "NetIDs": several_netids,
+    "topics": topics,
     "`.`": one_netid("a.b"),
     "`*`": one_netid("a*b"),
     "blank": one_netid("a b", "--id=plain"),

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import sharing
 from conftest import SAFETY, ResponderProcess, free_port, wait_until
 from other_brokers import KINDS, PATH, Broker, erlang_names, is_installed, listens
 from test_lines import resumes
@@ -20,6 +21,7 @@ pytestmark = [
         reason="RabbitMQ is not installed: docs/brokers.md says how to",
     ),
 ]
+TOPIC = "sensors/kitchen"
 SIZE = 3  # nodes: RabbitMQ's table of client IDs needs a majority of them
 
 
@@ -94,3 +96,28 @@ def test_a_session_loses_no_line_when_the_nodes_of_client_and_responder_are_kill
             first.kill()
 
         resumes(clients, "alice", "x25519", interrupt)
+
+
+def test_a_topic_loses_no_line_when_the_nodes_of_all_who_use_it_are_killed(
+    cluster: list[Broker], tmp_path: Path
+) -> None:
+    lines = [f"line {number}\n".encode() for number in range(3000)]
+    with ExitStack() as stack:
+        first, second, third = cluster
+        # No node that is killed has both keeper and subscriber: what is published while both are
+        # away, nobody has, and the publisher can't know.
+        orders = [first, second, third], [second, first, third], [third, first, second]
+        ports = [stack.enter_context(balanced(tmp_path, order)) for order in orders]
+        alices, bobs, keepers = (["-p", str(port)] for port in ports)
+        club = stack.enter_context(sharing.club(tmp_path / "club", cluster[0], *keepers))
+        club.do("alice", "create", TOPIC, "bob", "--history", str(len(lines)))
+        bob = club.subscribe("bob", TOPIC, *bobs)
+        alice = club.start("alice", "--lines", "publish", TOPIC, "-", *alices)
+        for number, killed in enumerate(cluster):
+            alice.write(b"".join(lines[number::SIZE]))
+            killed.restart()
+        alice.end_input()
+        assert (alice.wait(), alice.notes) == (0, [])
+        assert bob.wait_for_lines(len(lines)) == [
+            line for number in range(SIZE) for line in lines[number::SIZE]
+        ]

@@ -72,6 +72,11 @@ request:
 responder:
   --respond              answer requests, of every NETID or of the one given
   --status-topic TOPIC   publish there whether it runs, and what it has done
+  --keep FILE            keep shared topics, too: who is a member, their keys,
+                         and messages, all in FILE, which is made if it is not
+                         there; needs --identity and --peer-ca
+  --rotate SECONDS       with --keep: renew the key of each topic so often
+                         (default: 3600)
 
 broker:
   -h, --host HOST        (lab) its name or address (default: localhost)

@@ -37,6 +37,7 @@ reports        what a responder says of its work: its log, and its counts
 replies        what a responder says to a message: an answer, or nothing
 exchanges      how a responder answers key exchanges
 requests       how a responder answers requests
+topics         what many share: their members, and the keeper
 desk           where a responder takes messages in, and answers them in turn
 status         the status that a responder publishes
 size_limit     how large an answer may be for a broker

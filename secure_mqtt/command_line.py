@@ -23,6 +23,8 @@ DEFAULT_TLS_PORT = 8883  # secure-mqtt, as registered with IANA
 # A peer on the course's own module needs over 10 s on cryptography 49 and newer.
 DEFAULT_TIMEOUT = 30.0  # seconds
 MAX_TIMEOUT = 86_400.0  # seconds: far more overflows the clocks of the system
+MIN_ROTATION, MAX_ROTATION = 1.0, 604_800.0  # seconds; the latter is a week
+DEFAULT_ROTATION = 3600.0  # seconds
 DNS_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # RFC 1034, 3.5; RFC 1123, 2.1
 DNS_NAME = re.compile(rf"{DNS_LABEL}(\.{DNS_LABEL})*")
 T = TypeVar("T")
@@ -66,13 +68,15 @@ def build_parser(help_text: str, version: str) -> Parser:
     seconds = checked(float, lambda value: 0 < value <= MAX_TIMEOUT, time_span)
     add("-W", "--timeout", type=seconds)
     add("--rekey", type=seconds)
+    day = f"a number of seconds from {MIN_ROTATION:g} to {MAX_ROTATION:g}"
+    add("--rotate", type=checked(float, lambda value: MIN_ROTATION <= value <= MAX_ROTATION, day))
     suites = " or ".join(SUITES)
     add("--suite", type=checked(str, SUITES.__contains__, suites))
     add("-h", "--host", type=host)
     port_range = "a number from 1 to 65535"
     add("-p", "--port", type=checked(decimal, lambda value: 1 <= value <= 65535, port_range))
     add("-i", "--id", type=checked(str, is_mqtt_string, "UTF-8 text of 1 to 65535 bytes"))
-    for option in ("identity", "peer-ca", "cafile", "cert", "key", "password-file"):
+    for option in ("keep", "identity", "peer-ca", "cafile", "cert", "key", "password-file"):
         add(f"--{option}", type=checked(str, bool, "a file's name"))
     add("--peer-name", type=checked(str, DNS_NAME.fullmatch, "a DNS name"))
     add("-u", "--username", type=checked(str, is_mqtt_string, "UTF-8 text"))
@@ -212,6 +216,12 @@ def check_responder(settings: Settings, words: Sequence[str]) -> None:
         raise UsageError("--respond takes no ACTION and no MESSAGE; to send a request, omit it")
     if settings.timeout:
         raise UsageError("--respond answers until it is stopped; --timeout is for a request")
+    if settings.keep and not (settings.identity and settings.peer_ca):
+        raise UsageError(
+            "--keep needs --identity and --peer-ca: members and keeper prove who they are"
+        )
+    if settings.rotate and not settings.keep:
+        raise UsageError("--rotate is for --keep: how often the keys of its topics are renewed")
     for option in ("suite", "lines", "rekey", "peer_name"):
         if getattr(settings, option):
             name = option.replace("_", "-")
@@ -224,8 +234,9 @@ def check_request(settings: Settings, words: Sequence[str]) -> None:
         raise UsageError("NETID, ACTION and MESSAGE are needed, or --respond to answer requests")
     if len(words) > 3:
         raise UsageError("there are more arguments than NETID, ACTION and MESSAGE; quote MESSAGE")
-    if settings.status_topic:
-        raise UsageError("--status-topic is for --respond")
+    for option in ("status_topic", "keep", "rotate"):
+        if getattr(settings, option):
+            raise UsageError(f"--{option.replace('_', '-')} is for --respond")
     if settings.lines and words[2] != "-":
         raise UsageError("--lines sends the lines of standard input; give - as MESSAGE")
     if settings.rekey and not settings.lines:
@@ -266,6 +277,7 @@ def fill_in(settings: Settings) -> None:
     """Put the defaults where nothing was given, and read the login."""
     settings.timeout = settings.timeout or DEFAULT_TIMEOUT
     settings.suite = settings.suite or "dh4096"
+    settings.rotate = settings.rotate or DEFAULT_ROTATION
     settings.host = settings.host or "localhost"
     settings.port = settings.port or (DEFAULT_TLS_PORT if settings.uses_tls else DEFAULT_PORT)
     settings.peer_name = settings.peer_name or "responder"

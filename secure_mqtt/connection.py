@@ -8,7 +8,7 @@ import select
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -45,6 +45,7 @@ class Network:
         self._uses_tls = uses_tls
         self._received = BytesIO()  # what was read, of which paho has not taken ...
         self._unread = 0  # ... so many bytes
+        self._is_full = False  # whether as much was read as may be at a time: then there is more
         client._sock_recv = partial(self._receive, client._sock_recv)  # type: ignore[method-assign]
 
     def step(self, others: Sequence[Any], has_work: bool) -> list[Any]:
@@ -68,7 +69,7 @@ class Network:
         readable, writable, _ = select.select([*to_read, *others], to_write, [], timeout)
         code = client.loop_write() if writable else 0
         if sock in readable or is_pending:
-            code = self._read(sock)
+            code = self._read()
             if self._uses_tls:  # its session tickets are no packets that paho tells of
                 acknowledge_at_once(sock)
         if code:
@@ -79,7 +80,7 @@ class Network:
             readable.remove(sock)
         return readable
 
-    def _read(self, sock: Any) -> int:
+    def _read(self) -> int:
         """Read what has come, but not for long: a flood shall not keep its answers waiting.
 
         :return: paho's code of what went wrong, or 0
@@ -89,7 +90,7 @@ class Network:
             code = self._client.loop_read()
             if code or not self._inbox or time.monotonic() >= end:
                 return int(code)
-            if not self._unread and not select.select([sock], [], [], 0)[0]:
+            if not self._unread and not self._is_full:
                 return 0
 
     def _receive(self, read: Callable[[int], bytes], size: int) -> bytes:
@@ -100,6 +101,7 @@ class Network:
         if not self._unread:
             data = read(READ_SIZE)  # however much it wants: memory is taken as it is filled
             self._received, self._unread = BytesIO(data), len(data)
+            self._is_full = len(data) == READ_SIZE
         self._unread = max(0, self._unread - size)
         return self._received.read(size)
 
@@ -199,14 +201,24 @@ class Connection:
 
     def subscribe(self, *topics: str) -> None:
         """Subscribe at QoS 1, in one packet; wait for the SUBACK. ProgramError for a refusal."""
+        if refused := self.refused(*topics):
+            raise refused_topics(self._settings, refused)
+        tell(self._settings, "SUBACK for %s", " and ".join(topics))
+
+    def refused(self, *topics: str) -> Sequence[str]:
+        """Do as subscribe() does, but return which topics the broker has refused."""
+        self._granted = None
         self._client.subscribe([(topic, QOS) for topic in topics])
         while self._granted is None:
             self.wait()
-        if self._granted != [QOS] * len(topics):
-            codes = zip(topics, self._granted, strict=False)
-            refused = [topic for topic, code in codes if code != QOS] or topics
-            raise refused_topics(self._settings, refused)
-        tell(self._settings, "SUBACK for %s", " and ".join(topics))
+        if self._granted == [QOS] * len(topics):
+            return []
+        codes = zip(topics, self._granted, strict=False)
+        return [topic for topic, code in codes if code != QOS] or topics
+
+    def unsubscribe(self, topic: str) -> None:
+        """Let the broker send nothing more of a topic; what is under way still comes."""
+        self._client.unsubscribe(topic)
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> bool:
         """Publish at QoS 1. False: too large, too much in flight, or no broker."""
@@ -283,6 +295,18 @@ class Connection:
         if message.qos:
             self._network.owed.append(message.mid)
         self.inbox.put(Message(message.topic, bytes(message.payload), message.retain))
+
+
+class PatientConnection(Connection):
+    """A connection whose messages are acknowledged when that is said, and not before."""
+
+    def acknowledge(self, messages: Iterable[Message]) -> None:
+        """Acknowledge messages: they need never come again."""
+        self._network.owed += [message.mid for message in messages if message.mid]
+
+    def _on_message(self, client: object, userdata: object, message: Any) -> None:
+        content = message.topic, bytes(message.payload)
+        self.inbox.put(Message(*content, message.retain, message.mid if message.qos else 0))
 
 
 @functools.cache

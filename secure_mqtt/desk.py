@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING, Any
 
 from crypto import MAX_KEY_FILE_SIZE, token_size
 from secure_mqtt.actions import KEY_EXCHANGE, MAX_TEXT, NETID
+from secure_mqtt.chores import Credentials
 from secure_mqtt.exchanges import Exchanges
 from secure_mqtt.keyring import Keyring
 from secure_mqtt.labour import Labour
@@ -13,8 +15,11 @@ from secure_mqtt.mailboxes import Message
 from secure_mqtt.replies import Replies
 from secure_mqtt.reports import Reports
 from secure_mqtt.requests import Requests
+from secure_mqtt.settings import Settings
 from secure_mqtt.turns import Incoming
-from secure_mqtt.workers import Worker
+
+if TYPE_CHECKING:  # else loaded where it is used: most responders keep no topics
+    from secure_mqtt.topics.frontend import Frontend
 
 
 class Desk:
@@ -24,15 +29,55 @@ class Desk:
     a worker waits until one is idle.
     """
 
-    def __init__(self, netid: str, reports: Reports) -> None:
-        """Prepare to answer one NetID or, if that is empty, all; before there are threads."""
+    def __init__(self, settings: Settings, reports: Reports) -> None:
+        """Prepare to answer one NetID or, if none is given, all; before there are threads.
+
+        :raises ProgramError: the keeper's file can't be used
+        """
         self.keyring = Keyring()
         self.labour = Labour(self.keyring)
         self.replies = Replies(reports)
         self.exchanges = Exchanges(self.keyring, self.labour, self.replies)
         self._requests = Requests(self.keyring, self.labour, self.replies)
-        self._netid = netid
+        self.topics = self._open_topics(settings) if settings.keep else None
+        self._netid = settings.netid
         self._reports = reports
+
+    def _open_topics(self, settings: Settings) -> Frontend:
+        from secure_mqtt.topics.frontend import Frontend, KeeperProcess
+
+        return Frontend(KeeperProcess(settings), self.keyring, self.labour, self.replies)
+
+    def use(self, credentials: Credentials) -> None:
+        """Sign and verify with these from now on."""
+        self.exchanges.use(credentials)
+        if self.topics:
+            self.topics.use(credentials.authority)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all that may be asked can be done."""
+        return not self.topics or self.topics.is_ready
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to be finished."""
+        return self.labour.is_busy or bool(self.topics and self.topics.is_busy)
+
+    @property
+    def processes(self) -> list[Any]:
+        """What may have a result, for select()."""
+        return [*self.labour.pool.workers, *([self.topics.process] if self.topics else [])]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of what it keeps."""
+        return {"netids": len(self.keyring), **(self.topics.counts if self.topics else {})}
+
+    def end(self) -> None:
+        """Let the keeper's process end."""
+        if self.topics:
+            self.topics.process.end()
 
     def receive(self, message: Message) -> None:
         """Take a message in, to be answered when it is its NetID's turn."""
@@ -59,17 +104,27 @@ class Desk:
         self._employ()
         while turns.has_next and time.monotonic() < end:
             self._handle(turns.take())
+        if self.topics:
+            self.topics.go_on()
         self._reports.dropped(turns.take_dropped())
         return turns.has_next
 
-    def take_result(self, worker: Worker) -> None:
-        """Go on with what a worker has done. WorkerError if the worker was ended."""
-        self.labour.pool.take_result(worker)
+    def take_result(self, process: Any) -> None:
+        """Go on with what a process has done. WorkerError if it was ended.
+
+        :raises ProgramError: the keeper can't go on
+        """
+        if self.topics and process is self.topics.process:
+            self.topics.receive(self._reports)
+        else:
+            self.labour.pool.take_result(process)
         self._employ()
 
     def _handle(self, message: Incoming) -> None:
         is_exchange = message.action == KEY_EXCHANGE
         answer = self.exchanges.answer if is_exchange else self._requests.answer
+        if self.topics and message.action == self.topics.action:
+            answer = self.topics.answer
         self.replies.attempt(message, answer)
 
     def _employ(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from crypto import TokenError
 from secure_mqtt.actions import MAX_TEXT
 from secure_mqtt.errors import UnusableError
-from secure_mqtt.suites import Cipher, LabResponder
+from secure_mqtt.suites import Cipher, GcmCipher, LabResponder
 
 KEYS_PER_NETID = 8  # so many clients can use a NetID at the same time
 MAX_PROVEN = 80_000  # keys that have opened a request, of all NetIDs
@@ -114,31 +115,40 @@ class Keyring:
         if len(self._unproven) > MAX_UNPROVEN:
             self.forget(next(iter(self._unproven)))
 
-    def open(self, netid: str, topic: str, message: bytes) -> Opened:
+    def open(
+        self, netid: str, topic: str, message: bytes, kind: type[GcmCipher] | None = None
+    ) -> Opened:
         """Open a request.
 
+        :param kind: of the ciphers that may open it; None: any
         :raises TokenError: no key opens it
         :raises UnusableError: it was here before, or is too large
         """
         for key, cipher in self.able(netid, len(message)):
+            if kind and not isinstance(cipher, kind):
+                continue
             with contextlib.suppress(TokenError):
                 number, text = cipher.open(topic, message)
                 self.use(key, number, message)
                 return Opened(key, cipher, number, text)
         raise TokenError("not encrypted with a key of this NetID")
 
-    def able(self, netid: str, size: int) -> list[tuple[Key, Cipher]]:
-        """Return the keys and ciphers that may open a NetID's message, newest first.
+    def able(self, netid: str, size: int) -> Iterator[tuple[Key, Cipher]]:
+        """Yield the keys and ciphers that may open a NetID's message, newest first.
 
         :param size: of the message, in bytes
         :raises UnusableError: it is too large for all of them
         """
         today = time.time()
-        keys = [(key, key.cipher) for key in self.of(netid) if key.cipher and key.expires > today]
-        able = [each for each in keys if size <= each[1].sealed_size(MAX_TEXT)]
-        if keys and not able:
+        is_any, is_able = False, False
+        for key in self.of(netid):
+            if key.cipher and key.expires > today:
+                is_any = True
+                if size <= key.cipher.sealed_size(MAX_TEXT):
+                    is_able = True
+                    yield key, key.cipher
+        if is_any and not is_able:
             raise UnusableError("a text of more than 1 MiB")
-        return able
 
     def use(self, key: Key, number: int | None, message: bytes) -> None:
         """Note that a key has opened a request. UnusableError if the request was here before."""

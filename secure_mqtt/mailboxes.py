@@ -15,6 +15,7 @@ class Message(NamedTuple):
     topic: str
     payload: bytes
     is_retained: bool
+    mid: int = 0  # the packet identifier; 0: none, or it is acknowledged already
 
 
 class Inbox:

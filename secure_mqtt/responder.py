@@ -39,12 +39,11 @@ class Responder:
         :param on_ready: called after each subscription
         """
         read_group()
-        credentials = Credentials(*peer_files(settings))
+        peer_files(settings)  # raises the error of one that can't be used
         self._settings = settings
         self._on_ready = on_ready
         self._reports = Reports()
-        self._desk = Desk(settings.netid, self._reports)
-        self._desk.exchanges.use(credentials)
+        self._desk = Desk(settings, self._reports)
         self._limit = SizeLimit()
         self._stopping, self._stop = socket.socketpair()
         self._is_stopped = self._is_connected = False
@@ -60,8 +59,8 @@ class Responder:
         while not self._is_stopped:
             mqtt = None
             try:
-                self._desk.exchanges.use(Credentials(*peer_files(self._settings)))
-                status = Status(self._settings.status_topic, self._reports, self._desk.keyring)
+                self._desk.use(Credentials(*peer_files(self._settings)))
+                status = Status(self._settings.status_topic, self._reports, self._desk)
                 mqtt = Connection(self._settings, status.will)
                 with mqtt:
                     mqtt.connect()
@@ -80,6 +79,7 @@ class Responder:
             self._is_connected = False
             if not self._is_stopped:
                 select.select([self._stopping], [], [], next(delays))
+        self._desk.end()
         event("stopped")
 
     def stop(self) -> None:
@@ -99,17 +99,20 @@ class Responder:
         mqtt.stage = "requests"
         self._desk.replies.publish = partial(self._publish, mqtt)
         self._is_connected = True
-        event("ready", topic=topic)
-        self._on_ready()
+        is_announced = False
         sweep_at = time.monotonic()
         while not self._is_stopped:
+            if self._desk.is_ready and not is_announced:
+                is_announced = True
+                event("ready", topic=topic)
+                self._on_ready()
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_INTERVAL
                 self._desk.keyring.sweep()
                 self._reports.sum_up(sweep_at)
                 status.publish_when_due(mqtt)
             self._go_on(mqtt, self._stopping)
-        while self._desk.labour.is_busy:
+        while self._desk.is_busy:
             self._go_on(mqtt)
         status.publish_end(mqtt)
         mqtt.flush()
@@ -117,7 +120,7 @@ class Responder:
     def _go_on(self, mqtt: Connection, *others: Any) -> None:
         """Do what there is to do now, or comes in the next moment."""
         has_more = self._desk.work(time.monotonic() + WORK_TIME)
-        for ready in mqtt.wait([*self._desk.labour.pool.workers, *others], is_busy=has_more):
+        for ready in mqtt.wait([*self._desk.processes, *others], is_busy=has_more):
             if ready not in others:
                 self._desk.take_result(ready)
         while mqtt.inbox:

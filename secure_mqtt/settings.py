@@ -31,6 +31,8 @@ class Settings(argparse.Namespace):
     rekey = 0.0  # seconds
     respond = False
     status_topic = ""
+    keep = ""  # the keeper's file
+    rotate = 0.0  # seconds
     host = ""
     port = 0
     id = ""

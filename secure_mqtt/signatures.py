@@ -5,8 +5,11 @@ Imported only when asked for, since x509 costs a request a third of its other im
 
 from __future__ import annotations
 
+import time
 import warnings
-from typing import Any
+from collections import OrderedDict
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
 
 from cryptography import exceptions, x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
@@ -29,6 +32,7 @@ REQUEST_LABEL = b"secure-mqtt/1 key-exchange request"
 RESPONSE_LABEL = b"secure-mqtt/1 key-exchange response"
 PSS_SALT_SIZE = 32  # bytes
 MAX_SHOWN, MAX_SHOWN_SIZE = 3, 200  # names in an error, and characters of them
+MAX_SIGNERS = 256  # whose certificates are not verified again: 2 KiB each
 # Work with a key of RSA grows with the length of its numbers; public exponents are 65537 mostly.
 RSA_SIZES, MAX_RSA_EXPONENT_SIZE = range(2048, 4096 + 1), 32  # bits
 # Others are not even read: one of Diffie-Hellman takes the library seconds.
@@ -56,6 +60,25 @@ CERTIFICATE_ERRORS = (
 )
 
 
+class Validity(NamedTuple):
+    """When all certificates are valid, from a signer's to an authority's own."""
+
+    begins: float  # in seconds since 1970
+    ends: float
+
+    def holds_at(self, moment: float) -> bool:
+        """Tell whether they are valid at a time, in seconds since 1970."""
+        return self.begins <= moment <= self.ends
+
+
+class Signer(NamedTuple):
+    """Whom an authority has certified."""
+
+    key: Any  # public
+    names: list[str]  # DNS names
+    validity: Validity
+
+
 class Identity:
     """A private key and its certificates, to sign key exchanges with."""
 
@@ -79,6 +102,7 @@ class Identity:
             raise KeyFileError("has expired; renew it")
         if _is_too_much([each.public_bytes(Encoding.DER) for each in self._chain]):
             raise KeyFileError(f"holds {TOO_MUCH}, which no peer accepts")
+        self._certificates = b"".join(each.public_bytes(Encoding.PEM) for each in self._chain)
 
     @property
     def names(self) -> list[str]:
@@ -90,9 +114,12 @@ class Identity:
 
         :param blocks: what it begins with: our keys (PEM)
         """
-        signature = self._key.sign(_signed_bytes(blocks, netid, request), *self._scheme)
-        chain = [certificate.public_bytes(Encoding.PEM) for certificate in self._chain]
-        return b"".join((blocks, *chain, to_pem(SIGNATURE, signature)))
+        return self.sign_bytes(blocks, _signed_bytes(blocks, netid, request))
+
+    def sign_bytes(self, blocks: bytes, signed_bytes: bytes) -> bytes:
+        """Return PEM blocks, our certificates, and our signature over some bytes."""
+        signature = self._key.sign(signed_bytes, *self._scheme)
+        return b"".join((blocks, self._certificates, to_pem(SIGNATURE, signature)))
 
 
 class Authority:
@@ -104,6 +131,7 @@ class Authority:
     def __init__(self, pem: bytes) -> None:
         """Read the authorities' own certificates (PEM). KeyFileError if there is none."""
         self.content = pem
+        self._signers: OrderedDict[bytes, Signer] = OrderedDict()  # by their certificates
         try:
             self._anchors = x509.load_pem_x509_certificates(pem)
             self._policy = PolicyBuilder().store(Store(self._anchors))
@@ -119,10 +147,31 @@ class Authority:
             ends of those between the signer and our authority, its own included
         :raises PeerKeyError: it was not signed by that name's owner for this exchange
         """
+        if len(payload) > MAX_EXCHANGE_SIZE:
+            raise PeerKeyError("larger than any signed key exchange")
+        signed_bytes = _signed_bytes(payload, netid, request)
+        return self.verify_bytes(payload, signed_bytes, name, is_client=request is None).ends
+
+    def verify_bytes(
+        self,
+        bundle: bytes,
+        signed_bytes: bytes,
+        name: str,
+        is_client: bool = True,
+        at: float | None = None,
+    ) -> Validity:
+        """Check who has signed some bytes.
+
+        :param bundle: PEM blocks, certificates and signature, of a size that was checked
+        :param name: the DNS name that the signer's certificate must have
+        :param is_client: whether it must be for clients; else for responders
+        :param at: when it must be valid, in seconds since 1970; None: now
+        :raises PeerKeyError: the bytes were not signed by that name's owner
+        """
         try:
             with warnings.catch_warnings():  # of oddities that nobody here could do anything about
                 warnings.simplefilter("ignore")
-                return self._verify(payload, netid, name, request)
+                return self._verify(bundle, signed_bytes, name, is_client, at)
         except exceptions.InvalidSignature:
             raise PeerKeyError("its signature does not match") from None
         except PeerKeyError:
@@ -132,29 +181,54 @@ class Authority:
                 "its signature or certificate is malformed, or of another kind"
             ) from None
 
-    def _verify(self, payload: bytes, netid: str, name: str, request: bytes | None) -> float:
-        if len(payload) > MAX_EXCHANGE_SIZE:
-            raise PeerKeyError("larger than any signed key exchange")
-        is_client = request is None
-        signed_bytes = _signed_bytes(payload, netid, request)
-        *chain, signature = _signature_blocks(payload)
-        leaf, *others = _read_chain(chain)
-        path = self._verified_path(leaf, others, is_client)
-        _check_purpose(leaf, is_client)
-        _check_name(leaf, name)
-        key: Any = leaf.public_key()
-        key.verify(signature, signed_bytes, *_signature_scheme(key))
-        return float(min(certificate.not_valid_after_utc.timestamp() for certificate in path))
+    def _verify(
+        self, bundle: bytes, signed_bytes: bytes, name: str, is_client: bool, at: float | None
+    ) -> Validity:
+        *chain, signature = _signature_blocks(bundle)
+        signer = self._signer(chain, is_client, at)
+        _check_name(signer.names, name)
+        signer.key.verify(signature, signed_bytes, *_signature_scheme(signer.key))
+        return signer.validity
 
-    def _verified_path(self, leaf: Any, others: list[Any], is_client: bool) -> list[Any]:
-        """Return the certificates from a leaf to an anchor, which are all valid now."""
+    def _signer(self, chain: list[bytes], is_client: bool, at: float | None) -> Signer:
+        """Return who has these certificates (DER).
+
+        Who was certified once stays so until a certificate ends: most of the time of a verification
+        is for those, and the same ones come with each new key of a session.
+        """
+        place = digest(join_fields(*chain, bytes([is_client])))
+        signer = self._signers.get(place)
+        if not signer or not signer.validity.holds_at(time.time() if at is None else at):
+            signer = self._read_signer(chain, is_client, at)
+            self._signers[place] = signer
+            if len(self._signers) > MAX_SIGNERS:
+                self._signers.popitem(last=False)
+        return signer
+
+    def _read_signer(self, chain: list[bytes], is_client: bool, at: float | None) -> Signer:
+        leaf, *others = _read_chain(chain)
+        path = self._verified_path(leaf, others, is_client, at)
+        _check_purpose(leaf, is_client)
+        validity = Validity(
+            max(certificate.not_valid_before_utc.timestamp() for certificate in path),
+            min(certificate.not_valid_after_utc.timestamp() for certificate in path),
+        )
+        return Signer(leaf.public_key(), _dns_names(leaf), validity)
+
+    def _verified_path(
+        self, leaf: Any, others: list[Any], is_client: bool, at: float | None
+    ) -> list[Any]:
+        """Return the certificates from a leaf to an anchor, which are all valid then."""
         issuers = self._issuers_among(others)
+        policy = self._policy
+        if at is not None:
+            policy = policy.time(datetime.fromtimestamp(at, timezone.utc))
         try:
             if is_client:
-                return self._policy.build_client_verifier().verify(leaf, issuers).chain
+                return policy.build_client_verifier().verify(leaf, issuers).chain
             # The library wants a name. The leaf's own will do, since ours is compared later.
             [name, *_] = *_dns_names(leaf), "none"
-            return self._policy.build_server_verifier(x509.DNSName(name)).verify(leaf, issuers)
+            return policy.build_server_verifier(x509.DNSName(name)).verify(leaf, issuers)
         except VerificationError as error:
             # After that comes the subject of a certificate, which a stranger chose.
             reason = str(error).partition(" (encountered")[0]
@@ -221,8 +295,7 @@ def _check_purpose(leaf: Any, is_client: bool) -> None:
         raise PeerKeyError("signed with a certificate for a key that is not for signatures")
 
 
-def _check_name(leaf: Any, name: str) -> None:
-    names = _dns_names(leaf)
+def _check_name(names: list[str], name: str) -> None:
     if name not in names:
         shown = ", ".join(names[:MAX_SHOWN])[:MAX_SHOWN_SIZE]
         more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
@@ -263,6 +336,11 @@ def _signed_bytes(payload: bytes, netid: str, request: bytes | None) -> bytes:
     fields = [REQUEST_LABEL, netid.encode(), keys]
     if request is not None:
         fields = [RESPONSE_LABEL, *fields[1:], digest(request)]
+    return join_fields(*fields)
+
+
+def join_fields(*fields: bytes) -> bytes:
+    """Return fields joined, each after its length in 4 bytes, so that none can pass for another."""
     return b"".join(len(field).to_bytes(4, "big") + field for field in fields)
 
 

@@ -38,6 +38,7 @@ class Hold(Enum):
     WORKER = auto()  # an idle one
     KEY = auto()  # its key, which is being derived
     ANSWER = auto()  # the answer to its request, which a worker makes
+    KEEPER = auto()  # the keeper's process, which has enough to do
 
 
 class Turns:

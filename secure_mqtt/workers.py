@@ -35,7 +35,7 @@ class Worker:
         """Start the child, which makes the object. Where no process can be had, a thread does."""
         self._socket, theirs = socket.socketpair()
         self.fileno = self._socket.fileno  # for select(): an answer has come
-        process = _fork()
+        process = fork()
         if process == 0:
             self._socket.close()
             _work_and_exit(make, theirs)
@@ -58,14 +58,14 @@ class Worker:
 
     def _order(self, method: str, arguments: tuple[Any, ...], has_result: bool) -> None:
         try:
-            _send(self._socket, (method, arguments, has_result))
+            send(self._socket, (method, arguments, has_result))
         except OSError:
             raise WorkerError from None
 
     def receive(self) -> Any:
         """Wait for the result, or raise the error. WorkerError if the child was ended."""
         try:
-            result, error = _receive(self._socket)
+            result, error = receive(self._socket)
         except (EOFError, OSError):
             raise WorkerError from None
         if error:
@@ -82,15 +82,19 @@ class Worker:
         return call
 
 
-def _send(channel: socket.socket, value: object) -> None:
+def send(channel: socket.socket, value: object) -> None:
+    """Send a value to a process of ours. OSError if it has ended."""
     import pickle
 
     data = pickle.dumps(value)
     channel.sendall(len(data).to_bytes(LENGTH_SIZE, "big") + data)
 
 
-def _receive(channel: socket.socket) -> Any:
-    """Return what was sent. No buffer outlasts it: it may be a key, or large."""
+def receive(channel: socket.socket) -> Any:
+    """Return what a process of ours has sent. EOFError or OSError if it has ended.
+
+    No buffer outlasts it: it may be a key, or large.
+    """
     import pickle
 
     size = int.from_bytes(_read(channel, LENGTH_SIZE), "big")
@@ -108,7 +112,7 @@ def _read(channel: socket.socket, size: int) -> bytearray:
     return data
 
 
-def _fork() -> int | None:
+def fork() -> int | None:
     """Do as os.fork() does, or return None if that fails.
 
     The child never gets what stops its parent, which may still need it.
@@ -142,7 +146,7 @@ def _work(make: Callable[[], object], channel: socket.socket) -> None:
 
 def _answer_once(make: Callable[[], object], channel: socket.socket) -> None:
     """Do one thing for the parent, and keep nothing of it: a message may be large."""
-    method, arguments, has_result = _receive(channel)
+    method, arguments, has_result = receive(channel)
     result = error = None
     try:
         result = getattr(make(), method)(*arguments)
@@ -151,7 +155,7 @@ def _answer_once(make: Callable[[], object], channel: socket.socket) -> None:
     except Exception as caught:
         error = WorkError(type(caught).__name__)
     if has_result:
-        _send(channel, (result, error))
+        send(channel, (result, error))
 
 
 def supervise(run: Callable[[], T], end: Callable[[], float]) -> T:

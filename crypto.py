@@ -242,6 +242,7 @@ def read_group(param_file: str = GROUP_FILE) -> Group:
     return Group(*from_der(der))
 
 
+@functools.lru_cache(maxsize=1)  # several ask, one after the other: which suite, and whether known
 def public_key_der(payload: bytes) -> bytes:
     """Return the SubjectPublicKeyInfo (DER) that a key-exchange payload begins with.
 

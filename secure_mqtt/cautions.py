@@ -8,7 +8,6 @@ import stat
 import time
 from collections.abc import Iterator
 
-from secure_mqtt.certificates import ends
 from secure_mqtt.errors import UsageError
 from secure_mqtt.settings import Settings, read_file
 
@@ -34,6 +33,8 @@ def cautions(settings: Settings) -> Iterator[str]:
 
 def end_of(option: str, name: str) -> float:
     """Return when a certificate ends, in seconds since 1970; 0 if that can't be told."""
+    from secure_mqtt.certificates import ends  # imports datetime, which a lab's request can spare
+
     with contextlib.suppress(ValueError, UsageError):  # then whoever needs it says so
         return ends(read_file(option, name))
     return 0

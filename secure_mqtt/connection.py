@@ -46,6 +46,7 @@ class Network:
         self._uses_tls = uses_tls
         self._received = BytesIO()  # what was read, of which paho has not taken ...
         self._unread = 0  # ... so many bytes
+        self._is_full = False  # whether as much was read as may be at a time: then there is more
         client._sock_recv = partial(self._receive, client._sock_recv)  # type: ignore[method-assign]
 
     def step(self, others: Sequence[Any], seconds: float, output: Sequence[Any] = ()) -> list[Any]:
@@ -73,7 +74,7 @@ class Network:
         )
         code = client.loop_write() if sock in writable else 0
         if sock in readable or is_pending:
-            code = self._read(sock)
+            code = self._read()
             if self._uses_tls:  # its session tickets are no packets that paho tells of
                 acknowledge_at_once(sock)
         if code:
@@ -82,7 +83,7 @@ class Network:
             raise ConnectionError(paho.error_string(code).rstrip("."))
         return [ready for ready in readable + writable if ready is not sock]
 
-    def _read(self, sock: Any) -> int:
+    def _read(self) -> int:
         """Read what has come, but not for long: a flood shall not keep its answers waiting.
 
         :return: paho's code of what went wrong, or 0
@@ -92,7 +93,7 @@ class Network:
             code = self._client.loop_read()
             if code or not self._inbox or time.monotonic() >= end:
                 return int(code)
-            if not self._unread and not select.select([sock], [], [], 0)[0]:
+            if not self._unread and not self._is_full:
                 return 0
 
     def _receive(self, read: Callable[[int], bytes], size: int) -> bytes:
@@ -103,6 +104,7 @@ class Network:
         if not self._unread:
             data = read(READ_SIZE)  # however much it wants: memory is taken as it is filled
             self._received, self._unread = BytesIO(data), len(data)
+            self._is_full = len(data) == READ_SIZE
         self._unread = max(0, self._unread - size)
         return self._received.read(size)
 

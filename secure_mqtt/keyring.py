@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from crypto import TokenError
@@ -132,18 +133,22 @@ class Keyring:
                 return Opened(key, cipher, number, text)
         raise TokenError("not encrypted with a key of this NetID")
 
-    def able(self, netid: str, size: int) -> list[tuple[Key, Cipher]]:
-        """Return the keys and ciphers that may open a NetID's message, newest first.
+    def able(self, netid: str, size: int) -> Iterator[tuple[Key, Cipher]]:
+        """Yield the keys and ciphers that may open a NetID's message, newest first.
 
         :param size: of the message, in bytes
         :raises UnusableError: it is too large for all of them
         """
         today = time.time()
-        keys = [(key, key.cipher) for key in self.of(netid) if key.cipher and key.expires > today]
-        able = [each for each in keys if size <= each[1].sealed_size(MAX_TEXT)]
-        if keys and not able:
+        is_any, is_able = False, False
+        for key in self.of(netid):
+            if key.cipher and key.expires > today:
+                is_any = True
+                if size <= key.cipher.sealed_size(MAX_TEXT):
+                    is_able = True
+                    yield key, key.cipher
+        if is_any and not is_able:
             raise UnusableError("a text of more than 1 MiB")
-        return able
 
     def use(self, key: Key, number: int | None, message: bytes) -> None:
         """Note that a key has opened a request. UnusableError if the request was here before."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from secure_mqtt.chores import Chores
@@ -19,7 +19,8 @@ class Pool:
     def __init__(self) -> None:
         """Start the workers; to be done before there are threads."""
         # More than processors, so that none is without work while this process is busy.
-        self._idle = [Worker(Chores) for _ in range(2 + (os.cpu_count() or 1))]
+        self.workers = [Worker(Chores) for _ in range(2 + (os.cpu_count() or 1))]  # for select()
+        self._idle = [*self.workers]
         self._busy: dict[Worker, Then] = {}
 
     @property
@@ -31,11 +32,6 @@ class Pool:
     def is_busy(self) -> bool:
         """Whether anyone is at work."""
         return bool(self._busy)
-
-    @property
-    def workers(self) -> Sequence[Worker]:
-        """All workers, for select(); also the idle ones, so that the end of one is noticed."""
-        return [*self._idle, *self._busy]
 
     def give(self, then: Then, chore: str, *arguments: Any) -> None:
         """Let an idle worker do a chore, a method of Chores.

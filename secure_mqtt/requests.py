@@ -50,7 +50,7 @@ class Requests:
     def _answer_at_worker(self, message: Incoming) -> None:
         if self._await_key(message):
             return
-        able = self._keyring.able(message.netid, len(message.payload))
+        able = [*self._keyring.able(message.netid, len(message.payload))]
         if not able:
             raise TokenError(NO_KEY)
         if not self._labour.pool.has_idle:

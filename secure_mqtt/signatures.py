@@ -5,7 +5,9 @@ Imported only when asked for, since x509 costs a request a third of its other im
 
 from __future__ import annotations
 
+import time
 import warnings
+from collections import OrderedDict
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ REQUEST_LABEL = b"secure-mqtt/1 key-exchange request"
 RESPONSE_LABEL = b"secure-mqtt/1 key-exchange response"
 PSS_SALT_SIZE = 32  # bytes
 MAX_SHOWN, MAX_SHOWN_SIZE = 3, 200  # names in an error, and characters of them
+MAX_SIGNERS = 256  # whose certificates are not verified again: 2 KiB each
 # Work with a key of RSA grows with the length of its numbers; public exponents are 65537 mostly.
 RSA_SIZES, MAX_RSA_EXPONENT_SIZE = range(2048, 4096 + 1), 32  # bits
 # Others are not even read: one of Diffie-Hellman takes the library seconds.
@@ -63,6 +66,18 @@ class Validity(NamedTuple):
     begins: float  # in seconds since 1970
     ends: float
 
+    def holds_at(self, moment: float) -> bool:
+        """Tell whether they are valid at a time, in seconds since 1970."""
+        return self.begins <= moment <= self.ends
+
+
+class Signer(NamedTuple):
+    """Whom an authority has certified."""
+
+    key: Any  # public
+    names: list[str]  # DNS names
+    validity: Validity
+
 
 class Identity:
     """A private key and its certificates, to sign key exchanges with."""
@@ -87,6 +102,7 @@ class Identity:
             raise KeyFileError("has expired; renew it")
         if _is_too_much([each.public_bytes(Encoding.DER) for each in self._chain]):
             raise KeyFileError(f"holds {TOO_MUCH}, which no peer accepts")
+        self._certificates = b"".join(each.public_bytes(Encoding.PEM) for each in self._chain)
 
     @property
     def names(self) -> list[str]:
@@ -103,8 +119,7 @@ class Identity:
     def sign_bytes(self, blocks: bytes, signed_bytes: bytes) -> bytes:
         """Return PEM blocks, our certificates, and our signature over some bytes."""
         signature = self._key.sign(signed_bytes, *self._scheme)
-        chain = [certificate.public_bytes(Encoding.PEM) for certificate in self._chain]
-        return b"".join((blocks, *chain, to_pem(SIGNATURE, signature)))
+        return b"".join((blocks, self._certificates, to_pem(SIGNATURE, signature)))
 
 
 class Authority:
@@ -116,6 +131,7 @@ class Authority:
     def __init__(self, pem: bytes) -> None:
         """Read the authorities' own certificates (PEM). KeyFileError if there is none."""
         self.content = pem
+        self._signers: OrderedDict[bytes, Signer] = OrderedDict()  # by their certificates
         try:
             self._anchors = x509.load_pem_x509_certificates(pem)
             self._policy = PolicyBuilder().store(Store(self._anchors))
@@ -169,16 +185,35 @@ class Authority:
         self, bundle: bytes, signed_bytes: bytes, name: str, is_client: bool, at: float | None
     ) -> Validity:
         *chain, signature = _signature_blocks(bundle)
+        signer = self._signer(chain, is_client, at)
+        _check_name(signer.names, name)
+        signer.key.verify(signature, signed_bytes, *_signature_scheme(signer.key))
+        return signer.validity
+
+    def _signer(self, chain: list[bytes], is_client: bool, at: float | None) -> Signer:
+        """Return who has these certificates (DER).
+
+        Who was certified once stays so until a certificate ends: most of the time of a verification
+        is for those, and the same ones come with each new key of a session.
+        """
+        place = digest(join_fields(*chain, bytes([is_client])))
+        signer = self._signers.get(place)
+        if not signer or not signer.validity.holds_at(time.time() if at is None else at):
+            signer = self._read_signer(chain, is_client, at)
+            self._signers[place] = signer
+            if len(self._signers) > MAX_SIGNERS:
+                self._signers.popitem(last=False)
+        return signer
+
+    def _read_signer(self, chain: list[bytes], is_client: bool, at: float | None) -> Signer:
         leaf, *others = _read_chain(chain)
         path = self._verified_path(leaf, others, is_client, at)
         _check_purpose(leaf, is_client)
-        _check_name(leaf, name)
-        key: Any = leaf.public_key()
-        key.verify(signature, signed_bytes, *_signature_scheme(key))
-        return Validity(
+        validity = Validity(
             max(certificate.not_valid_before_utc.timestamp() for certificate in path),
             min(certificate.not_valid_after_utc.timestamp() for certificate in path),
         )
+        return Signer(leaf.public_key(), _dns_names(leaf), validity)
 
     def _verified_path(
         self, leaf: Any, others: list[Any], is_client: bool, at: float | None
@@ -260,8 +295,7 @@ def _check_purpose(leaf: Any, is_client: bool) -> None:
         raise PeerKeyError("signed with a certificate for a key that is not for signatures")
 
 
-def _check_name(leaf: Any, name: str) -> None:
-    names = _dns_names(leaf)
+def _check_name(names: list[str], name: str) -> None:
     if name not in names:
         shown = ", ".join(names[:MAX_SHOWN])[:MAX_SHOWN_SIZE]
         more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""

@@ -7,6 +7,7 @@ one it is follows from the keys in message 1.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -55,7 +56,8 @@ class Transcript(NamedTuple):
 Block = tuple[bytes, bytes]  # of PEM: label and content
 
 
-def key_blocks(payload: bytes) -> list[Block]:
+@functools.lru_cache(maxsize=1)  # several ask, one after the other: signatures, and the keys' suite
+def key_blocks(payload: bytes) -> tuple[Block, ...]:
     """Return the PEM blocks of a key-exchange payload that come before its certificates.
 
     :raises PeerKeyError: there is none, or the payload is larger than MAX_KEY_FILE_SIZE
@@ -72,7 +74,7 @@ def key_blocks(payload: bytes) -> list[Block]:
         raise PeerKeyError(f"no valid public key: {error}") from None
     if not blocks or blocks[0][0] != PUBLIC_KEY:
         raise PeerKeyError("no valid public key: not in PEM, or another block comes first")
-    return blocks
+    return tuple(blocks)
 
 
 def block_contents(payload: bytes, *labels: bytes) -> list[bytes]:

@@ -176,9 +176,8 @@ FILE = re.compile(r"[\w./-]+\.(py|pem|txt|md|toml|conf|sh|crt|key|svg|json|yaml|
 
 def is_file(name: str) -> bool:
     """Tell whether the project has a file; one of the package may be named without it."""
-    return any(
-        (ROOT / folder / name).exists() for folder in ("", "secure_mqtt", "secure_mqtt/topics")
-    )
+    folders = "", "secure_mqtt", "secure_mqtt/topics"
+    return any((ROOT / folder / name).exists() for folder in folders)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -282,6 +281,7 @@ def test_the_limits_of_brokers_are_those_that_their_tests_show() -> None:
 # A constant of the program, in units of the last number, and where a page says it.
 BOUNDS = [
     ("MAX_KEY_FILE_SIZE", "security", "| messages 1 and 2, whole | {:g} KiB |", 2**10),
+    ("MAX_EXCHANGE_SIZE", "security", "where signatures are demanded | {:g} KiB |", 2**10),
     ("MAX_PUBLIC_KEY_SIZE", "security", "| a public key of dh4096, in DER | {:g} KiB |", 2**10),
     ("MAX_TEXT", "security", "| a text to transform | {:g} MiB", 2**20),
     ("MAX_CHAIN", "security", "| certificates in a signed message | {:g}, of 8 KiB each |", 1),
@@ -292,6 +292,7 @@ BOUNDS = [
     ("MAX_TOKEN_BYTES", "security", "| tokens that are remembered, of all keys | {:g} MiB", 2**20),
     ("MAX_WEIGHT", "security", "| messages that wait for their turn | {:g} MiB together", 2**20),
     ("MAX_SEEN", "security", "| signed exchanges that are remembered | {:,.0f} |", 1),
+    ("MAX_SIGNERS", "security", "be verified again before one ends | {:g}, in each process |", 1),
     ("MAX_INLINE", "security", "requests of more than {:g} KiB", 2**10),
     ("MAX_MESSAGES", "security", "| messages received but not yet handled | {:,.0f}, of", 1),
     ("MAX_IN_FLIGHT", "security", "| answers not yet acknowledged by the broker | {:,.0f}, of", 1),

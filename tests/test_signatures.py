@@ -6,6 +6,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -41,7 +42,7 @@ from crypto import (
     to_pem,
 )
 from secure_mqtt.certificates import MAX_EXCHANGE_SIZE
-from secure_mqtt.signatures import SIGNATURE, Authority, Identity
+from secure_mqtt.signatures import MAX_SIGNERS, SIGNATURE, Authority, Identity
 
 COURSE = Issuer(p256(), issuing.common_name("course CA"))
 LOWER = Issuer(p256(), issuing.common_name("lower CA"))
@@ -344,6 +345,33 @@ def test_what_is_proved_holds_until_the_first_certificate_ends_that_it_rests_on(
     assert end == (late if first == "another" else early).timestamp()
 
 
+def test_who_was_certified_once_proves_no_more_by_that_than_at_first() -> None:
+    """Certificates that were verified are not verified again, as long as they are valid."""
+    key, end = p256(), (datetime.now(timezone.utc) + timedelta(seconds=3)).replace(microsecond=0)
+    purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
+    chain = [COURSE.issue(key.public_key(), issuing.named(NETID), purpose, ends=end)]
+    payload = signed(key, *chain)
+    for _ in range(2):
+        prove(payload)
+        refuse(payload.replace(b"SIGNATURE-----\nM", b"SIGNATURE-----\nN"), "malformed|not match")
+        with pytest.raises(PeerKeyError, match="signed by 'le0nh4rt', expected 'bob'"):
+            AUTHORITY.verify(payload, NETID, "bob")
+        refuse(signed(key, *chain, request=b"message 1"), "another purpose", b"message 1")
+    others = Authority(pem(STRANGER.certify(STRANGER)))
+    with pytest.raises(PeerKeyError, match="unknown authority"):
+        others.verify(payload, NETID, NETID)
+    while time.time() < end.timestamp() + 1:  # its last second counts
+        time.sleep(0.01)
+    refuse(payload, "has expired")
+
+
+def test_an_authority_remembers_a_bounded_number_of_those_whom_it_has_certified() -> None:
+    key = p256()
+    for _ in range(MAX_SIGNERS + 10):
+        prove(signed(key, COURSE.issue(key.public_key(), *ALICE)))
+    assert len(AUTHORITY._signers) == MAX_SIGNERS
+
+
 def test_an_authority_knows_what_it_was_made_of() -> None:
     for content in pem(ANCHOR), pem(ANCHOR) + b"text", pem(ANCHOR, LOWER.certify(LOWER)):
         assert Authority(content).content == content
@@ -423,12 +451,13 @@ STRANGERS: dict[str, Callable[[], bytes]] = {
 
 
 def cost(payload: bytes) -> float:
-    """Return what it takes to judge a message 1, in seconds of the processor."""
+    """Return what it takes to judge a message 1 for the first time, in seconds of the processor."""
 
     def once() -> float:
+        authority = Authority(pem(ANCHOR))
         begin = time.process_time()
         with contextlib.suppress(PeerKeyError):
-            prove(payload)
+            authority.verify(payload, NETID, NETID)
         return time.process_time() - begin
 
     return min(once() for _ in range(5))

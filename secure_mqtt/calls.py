@@ -12,7 +12,7 @@ from secure_mqtt.actions import KEY_EXCHANGE, MAX_TEXT, REQUEST, RESPONSE
 from secure_mqtt.connection import Connection
 from secure_mqtt.errors import ProgramError, UnusableError
 from secure_mqtt.exchange import Exchange
-from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, silence
+from secure_mqtt.faults import CONNACK, CONNECTING, SUBACK, silence, unusual
 from secure_mqtt.log import PROGRAM, WAITING, log
 from secure_mqtt.mailboxes import Message
 from secure_mqtt.settings import Settings
@@ -158,15 +158,7 @@ def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
             " an access rule of the broker may also drop messages without a word",
         )
     if is_exchange:
-        others = (
-            "" if settings.suite == LAB.name else ", or know other suites only: try without --suite"
-        )
-        return ProgramError(
-            f"no responder answered the key exchange on {topic} {within}",
-            f"start one ({PROGRAM} --respond), or check NETID, --host and --port;"
-            " an access rule of the broker may also drop messages without a word, or the responder"
-            f" demand an --identity{'' if settings.suite == LAB.name else others}",
-        )
+        return unanswered(settings, f"{topic} {within}")
     problem = f"no response came on {topic} {within}"
     if mqtt.outbox.largest_taken > SUITES[settings.suite].sealed_size(MAX_TEXT):
         return ProgramError(
@@ -177,4 +169,20 @@ def timed_out(mqtt: Connection, settings: Settings) -> ProgramError:
         problem,
         "the responder may have ended or not know this action (see its log), the message may be"
         " too large for the broker, or an access rule may drop it",
+    )
+
+
+def unanswered(settings: Settings, where: str) -> ProgramError:
+    """Return the error for a key exchange to which nothing came.
+
+    :param where: on which topic, and within which time
+    """
+    others = (
+        "" if settings.suite == LAB.name else ", or know other suites only: try without --suite"
+    )
+    return ProgramError(
+        f"no responder answered the key exchange on {where}",
+        f"start one ({PROGRAM} --respond), or check NETID, --host and --port;"
+        " an access rule of the broker may also drop messages without a word, or the responder"
+        f" demand an --identity{others}{unusual(settings.netid)}",
     )

@@ -14,6 +14,9 @@ CONNECTING, CONNACK, SUBACK = "TCP connection", "CONNACK", "SUBACK"
 # Bytes. A broker ends the connection of who sends more than it takes; the least that one takes,
 # unless it is told otherwise, is 8092 (Moquette).
 LARGE_MESSAGE = 8000
+# Characters of a NETID for which the topics of some brokers have no room: RabbitMQ's are words of
+# AMQP 0-9-1, which "." separates and "*" stands for; NATS admits no blank, and before 2.10 no ".".
+UNUSUAL = " .*"
 
 
 def refusal(settings: Settings, reason: str) -> ProgramError:
@@ -48,9 +51,16 @@ def refused_topics(settings: Settings, topics: Sequence[str]) -> ProgramError:
     """Return the error for a SUBACK that says no to some topics."""
     return ProgramError(
         f"the broker on {settings.broker} refuses the subscription to {' and '.join(topics)}",
-        "its access rules may not allow this NETID",
+        f"its access rules may not allow this NETID{unusual(settings.netid)}",
         is_final=True,
     )
+
+
+def unusual(netid: str) -> str:
+    """Return what to add to a hint if some brokers do not pass a NETID on, or nothing."""
+    if not set(UNUSUAL) & set(netid):
+        return ""
+    return "; some brokers do not pass on a NETID with a blank, . or *: try another"
 
 
 def explain(error: Exception, stage: str, settings: Settings, size: int = 0) -> ProgramError:

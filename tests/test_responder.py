@@ -243,6 +243,20 @@ def test_it_answers_again_after_its_broker_was_restarted(
     assert answers(own_broker.port, netid)
 
 
+def test_of_two_responders_the_first_answer_counts(
+    own_broker: Mosquitto, start_responder: Start
+) -> None:
+    """The other has no key that opens the requests, and ignores them."""
+    for _ in range(2):
+        start_responder("-p", str(own_broker.port))
+    lines = "".join(f"line {number}\n" for number in range(200)).encode()
+    where = "-h", "127.0.0.1", "-p", str(own_broker.port), "--suite=x25519", "--lines"
+    for netid in "alice", "bob":
+        result = run(*where, netid, "uppercase", "-", stdin=lines)
+        assert (error_lines(result), result.stdout) == ("", lines.upper())
+        assert answers(own_broker.port, netid)
+
+
 def test_it_may_be_started_before_its_broker(
     own_broker: Mosquitto, start_responder: Start, netid: str
 ) -> None:

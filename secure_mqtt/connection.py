@@ -146,11 +146,10 @@ class Network:
         self.owed.clear()
 
 
-class Connection:
-    """A connection to the broker, from DNS look-up to DISCONNECT.
+class Events:
+    """What happens to a connection, as paho's callbacks tell it, and waiting for that.
 
-    Its methods let the network go on while they wait, on the thread that calls them. paho's
-    callbacks only note what came, or raise ProgramError, which ends the connection.
+    The callbacks only note what came, or raise ProgramError, which ends the connection.
     """
 
     def __init__(self, settings: Settings, will: tuple[str, bytes] | None = None) -> None:
@@ -182,6 +181,82 @@ class Connection:
         problem = f"the broker on {self._settings.broker} sent a message at QoS 2"
         client._send_pubrec = partial(refuse, ProgramError(problem))  # type: ignore[method-assign]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something that select() can wait for."""
+        return self._client.socket() is not None
+
+    def fileno(self) -> int:
+        """Return what select() waits for, while it is open."""
+        return int(self._client.socket().fileno())  # type: ignore[union-attr]
+
+    def wait(
+        self,
+        others: Sequence[Any] = (),
+        is_busy: bool = False,
+        seconds: float = LOOP_INTERVAL,
+        output: Sequence[Any] = (),
+    ) -> list[Any]:
+        """Let the network go on until something comes, or for LOOP_INTERVAL.
+
+        :param others: things that select() takes, to be waited for as well
+        :param is_busy: whether to come back at once
+        :param seconds: after which to come back anyway
+        :param output: things that are waited for until they can be written
+        :return: those of both that are ready
+        :raises ProgramError: the connection has ended
+        :raises TimeoutError: so has the patience
+        """
+        ready: list[Any] = []
+        if self._failure:
+            raise self._failure
+        try:
+            has_work = self.inbox and self._granted and not self._network.is_paused
+            timeout = 0 if is_busy or has_work else seconds
+            ready = self._network.step(others, timeout, output)
+        except Exception as error:
+            # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
+            self._failure = explain(error, self.stage, self._settings, self.outbox.largest)
+            # What came before still counts, once we have subscribed: then the next call raises it.
+            if not self.inbox or not self._granted:
+                raise self._failure from None
+        if time.monotonic() > self.patience_ends:
+            raise TimeoutError("no answer came")
+        return ready
+
+    def _on_socket_open(self, client: object, userdata: object, sock: Any) -> None:
+        self.stage = CONNACK
+        # Else Nagle's algorithm lets a small packet wait for the acknowledgement of the one before.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _on_connect(self, client: Any, userdata: Any, flags: Any, code: Any, _: Any) -> None:
+        if self.stage == CONNACK:
+            self.stage = SUBACK
+            self.inbox.clear()  # nobody has asked for any
+        if code.is_failure:
+            raise refusal(self._settings, str(code).lower())
+
+    def _on_subscribe(self, client: Any, userdata: Any, mid: int, codes: Any, _: Any) -> None:
+        acknowledge_at_once(client.socket())
+        if self.stage != CONNACK:
+            self._granted = [code.value for code in codes]
+
+    def _on_publish(self, client: Any, userdata: object, mid: int, *_: object) -> None:
+        acknowledge_at_once(client.socket())
+        self.outbox.remove(mid)
+
+    def _on_message(self, client: object, userdata: object, message: Any) -> None:
+        if message.qos:
+            self._network.owed.append(message.mid)
+        self.inbox.put(Message(message.topic, bytes(message.payload), message.retain))
+
+
+class Connection(Events):
+    """A connection to the broker, from DNS look-up to DISCONNECT.
+
+    Its methods let the network go on while they wait, on the thread that calls them.
+    """
+
     def __enter__(self) -> Connection:
         """Return the connection."""
         return self
@@ -193,15 +268,6 @@ class Connection:
     def close(self, is_orderly: bool) -> None:
         """Disconnect; else without a word, so that the broker publishes the will."""
         self._network.close(is_orderly)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is something that select() can wait for."""
-        return self._client.socket() is not None
-
-    def fileno(self) -> int:
-        """Return what select() waits for, while it is open."""
-        return int(self._client.socket().fileno())  # type: ignore[union-attr]
 
     def connect(self) -> None:
         """Connect, and wait for the CONNACK. ProgramError if that fails, or it is a refusal."""
@@ -268,40 +334,6 @@ class Connection:
         """Leave in the inbox what comes, and let the broker wait for acknowledgements, or go on."""
         self._network.is_paused = is_paused
 
-    def wait(
-        self,
-        others: Sequence[Any] = (),
-        is_busy: bool = False,
-        seconds: float = LOOP_INTERVAL,
-        output: Sequence[Any] = (),
-    ) -> list[Any]:
-        """Let the network go on until something comes, or for LOOP_INTERVAL.
-
-        :param others: things that select() takes, to be waited for as well
-        :param is_busy: whether to come back at once
-        :param seconds: after which to come back anyway
-        :param output: things that are waited for until they can be written
-        :return: those of both that are ready
-        :raises ProgramError: the connection has ended
-        :raises TimeoutError: so has the patience
-        """
-        ready: list[Any] = []
-        if self._failure:
-            raise self._failure
-        try:
-            has_work = self.inbox and self._granted and not self._network.is_paused
-            timeout = 0 if is_busy or has_work else seconds
-            ready = self._network.step(others, timeout, output)
-        except Exception as error:
-            # Whatever a hostile broker's bytes make paho raise, it ends this connection only.
-            self._failure = explain(error, self.stage, self._settings, self.outbox.largest)
-            # What came before still counts, once we have subscribed: then the next call raises it.
-            if not self.inbox or not self._granted:
-                raise self._failure from None
-        if time.monotonic() > self.patience_ends:
-            raise TimeoutError("no answer came")
-        return ready
-
     def next_message(self) -> Message:
         """Wait for a message, and take it. ProgramError: the connection has ended."""
         while not self.inbox:
@@ -314,32 +346,6 @@ class Connection:
         while self._network.has_more():
             self.wait()
             self.inbox.clear()
-
-    def _on_socket_open(self, client: object, userdata: object, sock: Any) -> None:
-        self.stage = CONNACK
-        # Else Nagle's algorithm lets a small packet wait for the acknowledgement of the one before.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def _on_connect(self, client: Any, userdata: Any, flags: Any, code: Any, _: Any) -> None:
-        if self.stage == CONNACK:
-            self.stage = SUBACK
-            self.inbox.clear()  # nobody has asked for any
-        if code.is_failure:
-            raise refusal(self._settings, str(code).lower())
-
-    def _on_subscribe(self, client: Any, userdata: Any, mid: int, codes: Any, _: Any) -> None:
-        acknowledge_at_once(client.socket())
-        if self.stage != CONNACK:
-            self._granted = [code.value for code in codes]
-
-    def _on_publish(self, client: Any, userdata: object, mid: int, *_: object) -> None:
-        acknowledge_at_once(client.socket())
-        self.outbox.remove(mid)
-
-    def _on_message(self, client: object, userdata: object, message: Any) -> None:
-        if message.qos:
-            self._network.owed.append(message.mid)
-        self.inbox.put(Message(message.topic, bytes(message.payload), message.retain))
 
 
 class PatientConnection(Connection):

@@ -142,8 +142,6 @@ class Shell(SubscribingMember):
         else:
             super()._handle(thing)
 
-    # --- what is shown -------------------------------------------------------------------------
-
     def _attempt(self, action: Callable[[], bool]) -> bool:
         """Do something, or say why that fails; tell whether there is nothing to wait for."""
         try:
@@ -174,8 +172,6 @@ class Shell(SubscribingMember):
         self._enquiries.forget(part)
         parts: dict[str, Any] = self._subscribed if part.is_subscribed else self._publications
         del parts[part.topic]
-
-    # --- commands ------------------------------------------------------------------------------
 
     def _do(self, line: bytes) -> bool:
         """Begin with a command. ProgramError if it is none, or its words are wrong."""

@@ -17,7 +17,8 @@ def suggestion(word: str, names: Collection[str]) -> str:
     """Return a hint at the names that a word was probably meant to be; empty if there is none."""
     word = word.lower()
     begun = [name for name in names if len(word) > len("--") and name.startswith(word)]
-    meant = begun or get_close_matches(word, names, 1)
+    bare = {name.lstrip("-"): name for name in names}  # dashes make nothing alike
+    meant = begun or [bare[name] for name in get_close_matches(word.lstrip("-"), bare, 1)]
     return f"did you mean {' or '.join(meant[:SUGGESTIONS])}?" if meant else ""
 
 

@@ -86,7 +86,7 @@ def test_a_file_may_be_a_pipe() -> None:
 
 # The file; what is wrong, after its name and the word "line"; the hint.
 WRONG: dict[str, tuple[bytes, str, str]] = {
-    "an unknown option": (b"\n# text\nxyz red\n", "3: there is no option --xyz", "--help "),
+    "an unknown option": (b"\n# text\ncolour red\n", "3: there is no option --colour", "--help "),
     "a misspelt option": (b"hots x\n", "1: there is no option --hots", "did you mean --host?"),
     "a value that is none": (b"port 5\nport x\n", "2: argument -p/--port: must be a number", ""),
     "an empty value": (b"host=\n", "1: argument -h/--host: must be a host's name", ""),

@@ -1,0 +1,221 @@
+"""Members and their keeper under a broker that does to their messages what it likes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+import sharing
+from conftest import Mosquitto, Peer, is_running, processes_below, wait_until
+from hostile import (
+    PUBACK,
+    PUBLISH,
+    QOS_1,
+    RETAIN,
+    SUBACK,
+    SUBSCRIBE,
+    Link,
+    Packet,
+    changed_program,
+    memory,
+    packet,
+    publish,
+    relay,
+)
+from keeping import Member
+from sharing import Club, Process
+
+from secure_mqtt.topics.messages import MESSAGE, make_notice
+
+Send = Callable[[bytes], object]
+COUNT = 16  # messages that are published on a topic
+HONEST = 4  # of these before an attack begins: from then on it is known what is missing
+NAMES = count(1)
+
+
+@pytest.fixture(scope="module")
+def club(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Club]:
+    """A keeper that most tests share, each with topics of its own."""
+    folder = tmp_path_factory.mktemp("club")
+    mosquitto = Mosquitto(folder)
+    try:
+        with sharing.club(folder, mosquitto) as club:
+            yield club
+    finally:
+        mosquitto.kill()
+
+
+@pytest.fixture
+def start(club: Club) -> Iterator[Callable[..., Process]]:
+    """Start members behind a relay: its port, the NetID, and what the program is told."""
+    started: list[Process] = []
+
+    def begin(port: int, name: str, *arguments: str) -> Process:
+        started.append(sharing.member_process(club.folder, port, name, *arguments))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.close()
+
+
+def create(club: Club, *topics: str, history: int) -> None:
+    """Create topics of alice and bob."""
+    peer = Peer(club.broker.port, "alice/+/response")
+    alice = Member(peer, "alice").agree()
+    for topic in topics:
+        alice.ask("create", topic, ["bob"], history)
+    peer.close()
+
+
+def is_for_client(link: Link, send: Send) -> bool:
+    """Tell whether a packet is on its way to the client."""
+    return getattr(send, "__self__", None) is link.client
+
+
+def is_member(name: str, do: str) -> Callable[[Packet], bool]:
+    """Return what finds the messages of a member's talk with the keeper."""
+    return lambda each: each.kind == PUBLISH and each.topic == f"{name}/topic/{do}"
+
+
+def texts(*numbers: int) -> list[bytes]:
+    return [b"line %d\n" % number for number in numbers]
+
+
+def has_no_traceback(process: Process) -> bool:
+    return not any("Traceback" in note or "Error" in note for note in process.notes)
+
+
+# --- messages on their way to a subscriber -----------------------------------------------------
+
+# What the broker makes of a message: the payloads that it sends in its place, each with flags and
+# on a topic; given the topic, and all payloads until now.
+Forgery = tuple[str, bytes, int]
+Attack = Callable[[str, list[bytes]], list[Forgery]]
+
+
+def one_in_three(change: Callable[[str, bytes], list[Forgery]]) -> Attack:
+    """Return an attack on every third message."""
+
+    def attack(topic: str, seen: list[bytes]) -> list[Forgery]:
+        if len(seen) % 3:
+            return [(topic, seen[-1], QOS_1)]
+        return change(topic, seen[-1])
+
+    return attack
+
+
+def reversed_in_threes(topic: str, seen: list[bytes]) -> list[Forgery]:
+    newest = seen[: -4 if len(seen) % 3 == 0 else None : -1] if len(seen) % 3 == 0 else []
+    return [(topic, payload, QOS_1) for payload in newest]
+
+
+ATTACKS: dict[str, Attack] = {
+    "replayed": lambda topic, seen: [(topic, each, QOS_1) for each in [*seen, *seen]],
+    "reordered": reversed_in_threes,
+    "doubled": lambda topic, seen: [(topic, seen[-1], QOS_1)] * 2,
+    "dropped": one_in_three(lambda topic, payload: []),
+    "cut": one_in_three(lambda topic, payload: [(topic, payload[:-1], QOS_1)]),
+    "flipped": one_in_three(
+        lambda topic, payload: [(topic, payload[:-1] + bytes([payload[-1] ^ 1]), QOS_1)]
+    ),
+    "renumbered": one_in_three(  # so that it names a counter that was not used yet
+        lambda topic, payload: [(topic, payload[:28] + bytes([payload[28] + 9]), QOS_1)]
+    ),
+    "retained": one_in_three(lambda topic, payload: [(topic, payload, QOS_1 | RETAIN)]),
+    "moved": one_in_three(
+        lambda topic, payload: [(topic.replace("moved", "doubled"), payload, QOS_1)]
+    ),
+    "later": one_in_three(  # of an epoch that there is not
+        lambda topic, payload: [(topic, payload[:4] + bytes([payload[4] + 1]) + payload[5:], QOS_1)]
+    ),
+}
+
+
+class Attacker:
+    """A broker that attacks what goes to a subscriber; the last message of a topic it passes on."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._seen: dict[str, list[bytes]] = {f"{prefix}/{name}": [] for name in ATTACKS}
+
+    def pass_on(self, link: Link, packet_: Packet, send: Send) -> None:
+        is_ours = packet_.kind == PUBLISH and packet_.topic in self._seen
+        if is_ours and is_for_client(link, send) and packet_.payload[0] == MESSAGE:
+            link.broker.send(packet(PUBACK, packet_.mid))
+            for number, forgery in enumerate(self._forgeries(packet_)):
+                topic, payload, flags = forgery
+                send(publish(topic, payload, flags, (60_000 + number).to_bytes(2, "big")))
+        elif is_for_client(link, send) or not is_forged(packet_):
+            send(packet_.raw)
+
+    def _forgeries(self, message: Packet) -> list[Forgery]:
+        seen = self._seen[message.topic]
+        seen.append(message.payload)
+        if len(seen) <= HONEST or len(seen) == COUNT:
+            return [(message.topic, message.payload, QOS_1)]
+        return ATTACKS[message.topic.rpartition("/")[2]](message.topic, seen)
+
+
+def is_forged(each: Packet) -> bool:
+    """Tell whether a packet acknowledges what the broker does not know."""
+    return each.kind == PUBACK and each.mid >= (60_000).to_bytes(2, "big")
+
+
+def shown_by_topic(process: Process) -> dict[str, list[bytes]]:
+    """Return what a subscriber to many topics has shown, by the kind of attack."""
+    shown: dict[str, list[bytes]] = {name: [] for name in ATTACKS}
+    for line in process.lines:
+        name, number = line.split()
+        shown[name.decode()].append(number)
+    return shown
+
+
+def missed(process: Process, topic: str) -> int:
+    """Return how many messages of alice a subscriber has said to have missed."""
+    found = [
+        re.search(rf"missed (\d+) messages? of alice on {topic}$", note) for note in process.notes
+    ]
+    return sum(int(each[1]) for each in found if each)
+
+
+@pytest.mark.parametrize("history", [0, 1000])
+def test_whatever_a_broker_does_each_message_is_shown_once_and_in_order_or_said_to_be_missed(
+    history: int, club: Club, start: Callable[..., Process]
+) -> None:
+    prefix = f"attacked/{history}"
+    topics = [f"{prefix}/{name}" for name in ATTACKS]
+    create(club, *topics, history=history)
+    with relay(club.broker.port, Attacker(prefix).pass_on) as port:
+        bob = start(port, "bob", "-v", "subscribe", *topics)
+        bob.wait_for_note("the answer to a question (join)", len(topics))
+        words = [
+            f"publish {prefix}/{name} {name} {number}\n"
+            for number in range(COUNT)
+            for name in ATTACKS
+        ]
+        club.do("alice", "shell", stdin="".join(words).encode())
+        last = b"%d" % (COUNT - 1)
+        wait_until(lambda: all(last in shown for shown in shown_by_topic(bob).values()))
+        counts = {
+            name: COUNT - len(shown) for name, shown in shown_by_topic(bob).items() if not history
+        }
+        for name, missing in counts.items():
+            wait_until(lambda name=name, missing=missing: missed(bob, f"{prefix}/{name}") >= missing)
+        assert bob.stop() == 0
+    assert has_no_traceback(bob)
+    for name, shown in shown_by_topic(bob).items():
+        numbers = [*map(int, shown)]
+        assert numbers == sorted({*numbers}), name
+        assert COUNT - len(numbers) == missed(bob, f"{prefix}/{name}"), name
+        assert len(numbers) == COUNT or not history, name
+    assert not history <= 0 or len(shown_by_topic(bob)["dropped"]) < COUNT

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import sqlite3
-import threading
+import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import sharing
-from conftest import Mosquitto, Peer, is_running, processes_below, wait_until
+from conftest import SAFETY, Mosquitto, Peer, is_running, processes_below, wait_until
 from hostile import (
     PUBACK,
     PUBLISH,
@@ -25,6 +25,7 @@ from hostile import (
     SUBSCRIBE,
     Link,
     Packet,
+    PassOn,
     changed_program,
     memory,
     packet,
@@ -32,6 +33,7 @@ from hostile import (
     relay,
 )
 from keeping import Member
+from members import TOPIC
 from sharing import Club, Process
 
 from secure_mqtt.topics.messages import MESSAGE, make_notice
@@ -39,7 +41,6 @@ from secure_mqtt.topics.messages import MESSAGE, make_notice
 Send = Callable[[bytes], object]
 COUNT = 16  # messages that are published on a topic
 HONEST = 4  # of these before an attack begins: from then on it is known what is missing
-NAMES = count(1)
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +210,9 @@ def test_whatever_a_broker_does_each_message_is_shown_once_and_in_order_or_said_
         counts = {
             name: COUNT - len(shown) for name, shown in shown_by_topic(bob).items() if not history
         }
-        for name, missing in counts.items():
-            wait_until(lambda name=name, missing=missing: missed(bob, f"{prefix}/{name}") >= missing)
+        wait_until(
+            lambda: all(missed(bob, f"{prefix}/{name}") >= each for name, each in counts.items())
+        )
         assert bob.stop() == 0
     assert has_no_traceback(bob)
     for name, shown in shown_by_topic(bob).items():
@@ -219,3 +221,193 @@ def test_whatever_a_broker_does_each_message_is_shown_once_and_in_order_or_said_
         assert COUNT - len(numbers) == missed(bob, f"{prefix}/{name}"), name
         assert len(numbers) == COUNT or not history, name
     assert not history <= 0 or len(shown_by_topic(bob)["dropped"]) < COUNT
+
+
+# --- floods, and what is held back -------------------------------------------------------------
+
+FLOOD = 40_000  # messages that the broker makes up
+LIMIT = 40 * 2**20  # bytes that a subscriber may need for them: fewer than they have
+
+
+def test_a_flood_makes_a_subscriber_ask_once_a_second_and_takes_little_memory(
+    club: Club, start: Callable[..., Process]
+) -> None:
+    topic = "flooded"
+    create(club, topic, history=0)
+    asked: list[float] = []
+    flooded: list[float] = []
+
+    def flood(send: Send) -> None:
+        for number in range(FLOOD):
+            epoch = 1000 + number
+            unknown = bytes([MESSAGE]) + epoch.to_bytes(4, "big") + bytes(1500)
+            for payload in make_notice(epoch), unknown:
+                send(publish(topic, payload, 0))
+
+    def pass_on(link: Link, each: Packet, send: Send) -> None:
+        if is_member("bob", "request")(each) and not is_for_client(link, send):
+            asked.append(time.monotonic())
+        send(each.raw)
+        is_message = each.kind == PUBLISH and each.topic == topic and each.payload[0] == MESSAGE
+        if not flooded and is_message and is_for_client(link, send):
+            flooded.append(time.monotonic())
+            flood(send)
+
+    with relay(club.broker.port, pass_on) as port:
+        bob = start(port, "bob", "-v", "subscribe", topic)
+        bob.wait_for_note("the answer to a question (join)")
+        before = memory(bob.process.pid)
+        club.do("alice", "publish", topic, "one")
+        club.do("alice", "publish", topic, "two")
+        bob.wait_for_lines(2)
+        assert memory(bob.process.pid) - before < LIMIT
+        seconds = time.monotonic() - flooded[0]
+        assert bob.stop() == 0
+    assert bob.lines == [b"one\n", b"two\n"]
+    assert bob.has_noted("refused")
+    assert has_no_traceback(bob)
+    during = [each for each in asked if each >= flooded[0]]
+    assert 1 <= len(during) <= seconds + 3  # one names the sender, if its hello was refused
+
+
+def test_answers_that_are_replayed_or_held_back_change_nothing(
+    club: Club, start: Callable[..., Process]
+) -> None:
+    """The keeper is asked again; what comes late, or twice, is for nobody."""
+    topic = "held"
+    create(club, topic, history=100)
+    answers: list[bytes] = []
+
+    def pass_on(link: Link, each: Packet, send: Send) -> None:
+        is_answer = each.kind == PUBLISH and each.topic.endswith("/response")
+        if not (is_answer and is_for_client(link, send)):
+            send(each.raw)
+            return
+        link.broker.send(packet(PUBACK, each.mid))
+        answers.append(publish(each.topic, each.payload, 0))
+        if len(answers) != 2:  # the first one to a question is held back
+            send(b"".join(answers * 2))
+
+    with relay(club.broker.port, pass_on) as port:
+        bob = start(port, "bob", "subscribe", topic, "-C", "10")
+        alice = start(port, "alice", "--lines", "publish", topic, "-")
+        alice.write(b"".join(texts(*range(10))))
+        alice.end_input()
+        assert (alice.wait(), bob.wait()) == (0, 0)
+    assert bob.lines == texts(*range(10))
+    assert has_no_traceback(alice)
+    assert has_no_traceback(bob)
+
+
+def test_a_subscriber_whose_subscription_is_not_answered_subscribes_again(
+    club: Club, tmp_path: Path
+) -> None:
+    topic = "unanswered"
+    create(club, topic, history=100)
+    club.do("alice", "publish", topic, "text")
+    dropped: list[Packet] = []
+
+    def pass_on(link: Link, each: Packet, send: Send) -> None:
+        if each.kind == SUBACK and not dropped:
+            dropped.append(each)
+        else:
+            send(each.raw)
+
+    change = "from secure_mqtt import command_line\ncommand_line.DEFAULT_TIMEOUT = 1.5\n"
+    program = changed_program(tmp_path, change)
+    with relay(club.broker.port, pass_on) as port:
+        words = sharing.member_arguments(
+            club.folder, port, club.certifier, "bob", "subscribe", topic, "-C", "1"
+        )
+        bob = Process([sys.executable, str(program), *map(str, words)])
+        try:
+            assert bob.wait(20) == 0
+        finally:
+            bob.close()
+    assert bob.lines == [b"text\n"]
+    assert bob.has_noted("no SUBACK came within 1.5 s"), bob.notes
+
+
+# --- the keeper's own connection ---------------------------------------------------------------
+
+
+class Through(NamedTuple):
+    """A broker, as those see it who are behind a relay."""
+
+    port: int
+
+
+@pytest.fixture
+def found(tmp_path: Path, own_broker: Mosquitto) -> Iterator[Callable[[PassOn], Club]]:
+    """Start a keeper behind a relay; its members are not."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(pass_on: PassOn) -> Club:
+            port = stack.enter_context(relay(own_broker.port, pass_on))
+            club = Club(tmp_path / "club", Through(port))
+            stack.callback(club.close)
+            club.broker = own_broker
+            return club
+
+        yield begin
+
+
+@pytest.mark.parametrize("packets", [SUBSCRIBE, SUBACK])
+def test_a_keeper_that_is_cut_off_while_it_answers_goes_on(
+    packets: int, found: Callable[[PassOn], Club]
+) -> None:
+    """It has to subscribe to a new topic before it says that it is there."""
+    subscribing: list[bytes] = []
+    cuts: list[Packet] = []
+
+    def pass_on(link: Link, each: Packet, send: Send) -> None:
+        if each.kind == SUBSCRIBE and TOPIC in each.topics:
+            subscribing.append(each.body[:2])
+        if not cuts and each.kind == packets and each.body[:2] in subscribing:
+            cuts.append(each)
+            link.cut()
+        else:
+            send(each.raw)
+
+    club = found(pass_on)
+    club.do("alice", "create", TOPIC, "bob", "--history", "9", "-W", "20")
+    assert cuts
+    club.keeper.wait_for("keeping", 2)
+    club.do("alice", "publish", TOPIC, "text")
+    assert club.do("bob", "subscribe", TOPIC, "-C", "1", "-W", "20") == b"text\n"
+
+
+def kept_in(file: Path) -> set[bytes]:
+    """Return the messages in a keeper's file."""
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        return {payload for (payload,) in database.execute("SELECT payload FROM messages")}
+
+
+def test_a_keeper_acknowledges_to_the_broker_only_what_is_in_its_file(
+    tmp_path: Path, found: Callable[[PassOn], Club]
+) -> None:
+    on_their_way: dict[bytes, bytes] = {}  # to the keeper, by packet identifier
+    acknowledged: set[bytes] = set()
+    killed: list[int] = []
+
+    def pass_on(link: Link, each: Packet, send: Send) -> None:
+        if is_for_client(link, send) and each.kind == PUBLISH and each.topic == TOPIC:
+            if each.payload[0] == MESSAGE:
+                on_their_way[each.mid] = each.payload
+        elif each.kind == PUBACK and not is_for_client(link, send) and each.mid in on_their_way:
+            acknowledged.add(on_their_way.pop(each.mid))
+            if len(acknowledged) == 100:
+                for pid in processes_below(club.keeper.process.pid):
+                    killed.append(pid)
+                    os.kill(pid, signal.SIGKILL)
+        send(each.raw)
+
+    club = found(pass_on)
+    club.do("alice", "create", TOPIC, "bob", "--history", "10000")
+    alice = club.start("alice", "--lines", "publish", TOPIC, "-")
+    alice.write(b"".join(texts(*range(2000))))
+    wait_until(lambda: bool(killed) and not any(map(is_running, killed)))
+    club.keeper.process.wait(SAFETY)
+    kept = kept_in(tmp_path / "club" / "topics.db")
+    assert len(acknowledged) >= 100
+    assert acknowledged <= kept

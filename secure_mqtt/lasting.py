@@ -152,8 +152,14 @@ class Session:
         return None
 
     def _connect(self) -> None:
-        self._mqtt.connect()
-        self._mqtt.subscribe(*self._dialogue.subscriptions)
+        mqtt = self._mqtt
+        mqtt.patience_ends = time.monotonic() + self._settings.timeout
+        try:
+            mqtt.connect()
+            mqtt.subscribe(*self._dialogue.subscriptions)
+        except TimeoutError:  # who goes on for ever shall not wait for ever for this
+            raise self._silence() from None
+        mqtt.patience_ends = float("inf")
         self._has_connected, self._has_told = True, False
         self._connected_at = time.monotonic()
         self._setback = None

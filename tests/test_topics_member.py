@@ -791,6 +791,17 @@ def test_a_publisher_waits_for_a_keeper_that_is_far_behind_but_not_for_ever(worl
     assert len(world.published) > taken
 
 
+def test_a_publisher_whose_keeper_does_not_answer_waits_and_does_not_spin(world: World) -> None:
+    alice = world.writer("alice")
+    world.flow()
+    say(alice, 1)
+    alice.reach_broker()
+    for _ in range(5):
+        world.wait(publisher.CHECK_INTERVAL)
+        assert alice.is_asking
+        assert alice.next_time() > world.now
+
+
 def test_a_publisher_goes_on_when_the_keeper_has_caught_up(world: World) -> None:
     alice = world.writer("alice")
     world.flow()

@@ -47,6 +47,10 @@ class Writer:
     def is_done(self) -> bool:
         return self._publisher.is_done
 
+    def next_time(self) -> float:
+        """Return when there is something to do, if nothing comes before."""
+        return min(self._keys.next_time(), self._publisher.asks_at())
+
     def write(self, data: bytes) -> None:
         """Publish a line."""
         if self._publisher.has_room():

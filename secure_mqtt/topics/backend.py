@@ -262,10 +262,12 @@ class Backend:
         for _ in answers:
             requests.popleft()
         self._note_failure()
-        if mqtt:  # before anybody hears that there are new topics, and publishes there
-            changes, self._batches.subscriptions = self._batches.subscriptions, {}
-            mqtt.change_subscriptions(changes)
-        self._front.tell(ANSWERS, answers)
+        try:
+            if mqtt:  # before anybody hears that there are new topics, and publishes there
+                changes, self._batches.subscriptions = self._batches.subscriptions, {}
+                mqtt.change_subscriptions(changes)
+        finally:  # the responder passes nothing more on until it has them
+            self._front.tell(ANSWERS, answers)
 
     def _keep(self, mqtt: KeeperConnection) -> None:
         """Keep a batch of messages, and acknowledge them.

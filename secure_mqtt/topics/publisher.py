@@ -173,7 +173,7 @@ class Publisher:
         self._must_ask = True  # before we publish on
         self._is_kept = False  # whether the keeper keeps messages
         self._is_ending = False  # whether no more will be added
-        self._learnt_at = clock()
+        self._check_at = NEVER  # when to ask how far the keeper has got, once something was sent
         self._ahead_since = NEVER  # since when the keeper gets no further
 
     @property
@@ -227,7 +227,10 @@ class Publisher:
         """Tell whether the keeper has to say first how far it has got."""
         now = self._clock()
         is_ahead = self._is_kept and (self._is_ending or self._window.is_ahead())
-        if is_ahead or now >= self.asks_at():
+        is_overdue = now >= self.asks_at()
+        if is_overdue:  # the answer may be long in coming: who waits for it shall not spin
+            self._check_at = now + CHECK_INTERVAL
+        if is_ahead or is_overdue:
             self._keys.ask_soon()
         self._ahead_since = min(self._ahead_since, now) if is_ahead else NEVER
         patience = PATIENCE if self._window.is_keeper_behind() else PACE_PATIENCE
@@ -238,7 +241,7 @@ class Publisher:
 
         Who publishes does not subscribe, and so gets no notice that it is over.
         """
-        return self._learnt_at + CHECK_INTERVAL if self._window.oldest_sent() else NEVER
+        return self._check_at if self._window.oldest_sent() else NEVER
 
     def _epoch_for(self, line: Line) -> Epoch | None:
         """Set and return the epoch to send a line in: as before, while that may be read."""
@@ -282,7 +285,7 @@ class Publisher:
         keeper keeps messages, that is what it lacks; elsewhere, what was sent since it was asked
         last, or what the broker has not acknowledged. Who has it already drops it.
         """
-        self._learnt_at, self._is_kept = self._clock(), joined.history > 0
+        self._check_at, self._is_kept = self._clock() + CHECK_INTERVAL, joined.history > 0
         if self._window.confirm(joined.counters.get(self._session.session, -1)):
             self._ahead_since = NEVER
         oldest = self._window.oldest_sent()

@@ -80,8 +80,8 @@ from secure_mqtt.suites import (
     key_blocks,
     suite_of,
 )
-from secure_mqtt.topics.messages import OVERHEAD, Epoch, SessionKey
-from secure_mqtt.topics.requests import ACTION, read_answer, write_request
+from secure_mqtt.topics.messages import OVERHEAD, Epoch, SessionKey, Stream
+from secure_mqtt.topics.requests import ACTION, Joined, read_answer, write_request
 
 try:
     from gmpy2 import powmod
@@ -1267,7 +1267,8 @@ class Joiners(BareClient):
         self.seconds: list[float] = []  # of each member, from key to answer
         self._suite, self.members = suite, members
         self._exchanges: dict[str, Exchange] = {}
-        self._hellos: dict[str, bytes] = {}
+        self._sessions: dict[str, SessionKey] = {}
+        self._joined: Joined
         self._started: dict[str, float] = {}
         for member in self.members:
             self.prepare(member)
@@ -1277,7 +1278,7 @@ class Joiners(BareClient):
         name, identity = member.name, member.identity
         authority = keeping.COURSE.authority
         self._exchanges[name] = Exchange(name, self._suite, identity, authority, KEEPER)
-        self._hellos[name] = SessionKey(identity, TOPIC, name, KEEPER).hello
+        self._sessions[name] = SessionKey(identity, TOPIC, name, KEEPER)
 
     def run(self, at_a_time: int) -> float:
         """Let all members join, so many at a time; returns the seconds that all took."""
@@ -1324,7 +1325,7 @@ class Joiners(BareClient):
 
     def _join(self, name: str) -> None:
         asking = REQUEST.format(name, ACTION)
-        request = write_request("join", TOPIC, self._hellos[name])
+        request = write_request("join", TOPIC, self._sessions[name].hello)
         self.publish(asking, self._exchanges[name].seal(asking, request))
 
     def go_on(self) -> int:
@@ -1339,10 +1340,20 @@ class Joiners(BareClient):
                 self._join(name)
             else:
                 _, answer = self._exchanges[name].open(topic.decode(), payload)
-                read_answer("join", answer)
+                self._joined = read_answer("join", answer)
                 self.seconds.append(time.perf_counter() - self._started.pop(name))
                 joined += 1
         return joined
+
+    def publish_each(self, data: bytes) -> None:
+        """Let each member, all of whom have joined, introduce its session, and use it once."""
+        epoch = Epoch(TOPIC, self._joined.epoch, self._joined.key)
+        now = int(time.time() * 1000)
+        for session in self._sessions.values():
+            stream = Stream(epoch, session.session)
+            self.publish(TOPIC, epoch.seal_hello(session.hello))
+            self.publish(TOPIC, stream.seal(session.key, 0, now, data))
+        self.flush()
 
 
 def create_topic(port: int, members: Sequence[Certified]) -> None:
@@ -1560,16 +1571,12 @@ def measure_senders(broker: Mosquitto, folder: Path) -> None:
         club.do("alice", "create", TOPIC, "bob", *names, "--history", "0")
         subscriber = club.subscribe("bob", TOPIC)
         start = memory_of_all(subscriber.process.pid)
-        peer = Peer(broker.port, "+/+/response")
-        for name in names:
-            member = keeping.Member(peer, name).agree()
-            joined = member.join()
-            epoch = Epoch(TOPIC, joined.epoch, joined.key)
-            peer.publish(TOPIC, epoch.seal_hello(member.session.hello))
-            member.publish(joined, TEXT)
+        clients = Joiners(broker.port, HYBRID, [*map(keeping.COURSE.member, names)])
+        clients.run(JOINING)
+        clients.publish_each(TEXT)
         subscriber.wait_for_lines(SENDERS)
         now = memory_of_all(subscriber.process.pid)
-        peer.close()
+        clients.close()
     rows: list[tuple[str, ...]] = [("subscriber", "memory", "more than with none")]
     rows.append(("of nobody's messages", f"{start:.1f} MB", ""))
     rows.append((f"of {SENDERS:,} senders'", f"{now:.1f} MB", f"{now - start:.1f} MB"))

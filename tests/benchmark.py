@@ -1,8 +1,8 @@
 """Measure the program, in one run: python tests/benchmark.py [--svg FILE] [PART ...]
 
 Every figure is measured here and now. On a shared machine only the ratios mean something; each is
-taken between commands that ran in turn. gmpy2, and PySocks, which only tests need, are switched off
-by modules of their names that fail.
+taken between commands that ran in turn. PySocks, which only tests need, is switched off in all that
+is started, and gmpy2 where a table says so, by modules of their names that fail.
 --svg draws what the parts suites, exchanges and lines have measured, and beside it, in topics.svg,
 what the part topics has.
 """
@@ -80,8 +80,8 @@ from secure_mqtt.suites import (
     key_blocks,
     suite_of,
 )
-from secure_mqtt.topics.messages import OVERHEAD, SessionKey
-from secure_mqtt.topics.requests import ACTION, read_answer, write_request
+from secure_mqtt.topics.messages import OVERHEAD, Epoch, SessionKey, Stream
+from secure_mqtt.topics.requests import ACTION, Joined, read_answer, write_request
 
 try:
     from gmpy2 import powmod
@@ -1267,7 +1267,8 @@ class Joiners(BareClient):
         self.seconds: list[float] = []  # of each member, from key to answer
         self._suite, self.members = suite, members
         self._exchanges: dict[str, Exchange] = {}
-        self._hellos: dict[str, bytes] = {}
+        self._sessions: dict[str, SessionKey] = {}
+        self._joined: Joined
         self._started: dict[str, float] = {}
         for member in self.members:
             self.prepare(member)
@@ -1277,7 +1278,7 @@ class Joiners(BareClient):
         name, identity = member.name, member.identity
         authority = keeping.COURSE.authority
         self._exchanges[name] = Exchange(name, self._suite, identity, authority, KEEPER)
-        self._hellos[name] = SessionKey(identity, TOPIC, name, KEEPER).hello
+        self._sessions[name] = SessionKey(identity, TOPIC, name, KEEPER)
 
     def run(self, at_a_time: int) -> float:
         """Let all members join, so many at a time; returns the seconds that all took."""
@@ -1324,7 +1325,7 @@ class Joiners(BareClient):
 
     def _join(self, name: str) -> None:
         asking = REQUEST.format(name, ACTION)
-        request = write_request("join", TOPIC, self._hellos[name])
+        request = write_request("join", TOPIC, self._sessions[name].hello)
         self.publish(asking, self._exchanges[name].seal(asking, request))
 
     def go_on(self) -> int:
@@ -1339,10 +1340,20 @@ class Joiners(BareClient):
                 self._join(name)
             else:
                 _, answer = self._exchanges[name].open(topic.decode(), payload)
-                read_answer("join", answer)
+                self._joined = read_answer("join", answer)
                 self.seconds.append(time.perf_counter() - self._started.pop(name))
                 joined += 1
         return joined
+
+    def publish_each(self, data: bytes) -> None:
+        """Let each member, all of whom have joined, introduce its session, and use it once."""
+        epoch = Epoch(TOPIC, self._joined.epoch, self._joined.key)
+        now = int(time.time() * 1000)
+        for session in self._sessions.values():
+            stream = Stream(epoch, session.session)
+            self.publish(TOPIC, epoch.seal_hello(session.hello))
+            self.publish(TOPIC, stream.seal(session.key, 0, now, data))
+        self.flush()
 
 
 def create_topic(port: int, members: Sequence[Certified]) -> None:
@@ -1476,7 +1487,7 @@ def memory_of_all(pid: int) -> float:
 # --- topics: messages --------------------------------------------------------------------------
 
 
-PLAIN, MEMBERS = "plain paho", "members"
+PLAIN, MEMBERS, KEPT = "plain paho", "members", "members, with a history"
 MESSAGES = 6000
 END_TO_END = "end to end"
 
@@ -1486,9 +1497,11 @@ def measure_topics(broker: Mosquitto, folder: Path) -> None:
     lines = topics_load.records(MESSAGES)
     with sharing.club(folder / "topics", broker) as club:
         club.do("alice", "create", TOPIC, "bob", "--history", "0")
+        club.do("alice", "create", "kept", "bob", "--history", "100000")
         traffic = {
             PLAIN: topics_load.Traffic(club, "plain/topic", is_plain=True),
             MEMBERS: topics_load.Traffic(club, TOPIC, is_plain=False),
+            KEPT: topics_load.Traffic(club, "kept", is_plain=False),
         }
         measure_rates(traffic, lines)
         measure_latencies(traffic, lines)
@@ -1505,7 +1518,8 @@ def measure_rates(traffic: dict[str, topics_load.Traffic], lines: list[bytes]) -
         runs = {name: each.run(lines, count) for name, each in traffic.items()}
         used = used or {name: run.less(starts[name]) for name, run in runs.items()}
         for name, each in runs.items():
-            note(END_TO_END, f"{count} subscribers", name, len(lines) / each.received)
+            group = f"{count} subscriber{'s' if count > 1 else ''}"
+            note(END_TO_END, group, name, len(lines) / each.received)
         spans = (span for each in runs.values() for span in (each.published, each.received))
         rows.append((f"{count}", *(f"{len(lines) / span:,.0f}/s" for span in spans)))
     table("Messages from one publisher, start included", rows)
@@ -1547,6 +1561,28 @@ def measure_one_shots(club: sharing.Club) -> None:
     table("One message, as a whole process", in_turn(commands, dict(os.environ)))
 
 
+SENDERS = 1000
+
+
+def measure_senders(broker: Mosquitto, folder: Path) -> None:
+    """Measure what many senders, each in a session of its own, cost a subscriber."""
+    names = [f"m{number}" for number in range(SENDERS)]
+    with sharing.club(folder / "senders", broker) as club:
+        club.do("alice", "create", TOPIC, "bob", *names, "--history", "0")
+        subscriber = club.subscribe("bob", TOPIC)
+        start = memory_of_all(subscriber.process.pid)
+        clients = Joiners(broker.port, HYBRID, [*map(keeping.COURSE.member, names)])
+        clients.run(JOINING)
+        clients.publish_each(TEXT)
+        subscriber.wait_for_lines(SENDERS)
+        now = memory_of_all(subscriber.process.pid)
+        clients.close()
+    rows: list[tuple[str, ...]] = [("subscriber", "memory", "more than with none")]
+    rows.append(("of nobody's messages", f"{start:.1f} MB", ""))
+    rows.append((f"of {SENDERS:,} senders'", f"{now:.1f} MB", f"{now - start:.1f} MB"))
+    table("Memory of a subscriber", rows)
+
+
 PARTS = {
     "start": measure_start,
     "timeline": measure_timeline,
@@ -1561,6 +1597,7 @@ PARTS = {
     "lines": measure_lines,
     "signed": measure_signed,
     "topics": measure_topics,
+    "topics-senders": measure_senders,
     "topics-joins": measure_joins,
     "topics-renewals": measure_renewals,
     "topics-memory": measure_topics_memory,
@@ -1609,10 +1646,11 @@ def draw_topics(file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    for number, (name, colour) in enumerate({PLAIN: "#94a3b8", MEMBERS: "#0d9488"}.items()):
+    colours = {PLAIN: "#94a3b8", MEMBERS: "#0d9488", KEPT: "#2563eb"}
+    for number, (name, colour) in enumerate(colours.items()):
         rates = [figures[name] for figures in FIGURES[END_TO_END].values()]
-        places = [place + (number - 0.5) * 0.4 for place in range(len(rates))]
-        bars = axes.bar(places, rates, 0.37, color=colour, label=name)
+        places = [place + (number - 1) * 0.27 for place in range(len(rates))]
+        bars = axes.bar(places, rates, 0.25, color=colour, label=name)
         axes.bar_label(bars, [f"{rate:,.0f}/s" for rate in rates], padding=3, fontsize=8)
     axes.set_xticks(range(len(FIGURES[END_TO_END])), list(FIGURES[END_TO_END]))
     axes.set_title("messages from one publisher that all subscribers have", fontsize=10)
@@ -1652,7 +1690,7 @@ def main() -> None:
     """Measure some parts, or all."""
     parser = argparse.ArgumentParser(description="Measure the program.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the suites")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw what was measured")
     arguments = parser.parse_args()
     parts = arguments.parts or list(PARTS)
     if unknown := {*parts} - {*PARTS}:
@@ -1661,6 +1699,7 @@ def main() -> None:
         parser.error(f"--svg needs the parts {', '.join(DRAWN_PARTS)}, or the part topics")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        os.environ |= with_gmpy2(folder / "fast")  # for all that is started from here
         broker = Mosquitto(folder)
         try:
             for part, measure in PARTS.items():

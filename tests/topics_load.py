@@ -97,7 +97,7 @@ class Run(NamedTuple):
 
 
 class Traffic:
-    """Messages on a topic that nobody keeps, from one publisher."""
+    """Messages on a topic, from one publisher, to those who subscribe before."""
 
     def __init__(self, club: Club, topic: str, is_plain: bool) -> None:
         self._club, self._topic, self._is_plain = club, topic, is_plain
@@ -112,7 +112,8 @@ class Traffic:
     @contextlib.contextmanager
     def subscriber(self, count: int) -> Iterator[subprocess.Popen[bytes]]:
         """Start a process that prints so many messages; it has subscribed."""
-        words = self._club.arguments("bob", "-v", "subscribe", self._topic, "-C", str(count))
+        options = "-C", str(count), "--history", "0"
+        words = self._club.arguments("bob", "-v", "subscribe", self._topic, *options)
         command = [sys.executable, str(PROGRAM), *map(str, words)]
         mark = b"the answer to a question (join)"
         if self._is_plain:

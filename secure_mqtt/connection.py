@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # else loaded where it is used: --help and usage errors do no
     import paho.mqtt.client as paho
 
 QOS = 1
-PUBACK = b"\x40\x02"  # its packet up to the identifier (3.1.1, 3.4.1)
 KEEPALIVE = 15  # seconds of silence after which a responder asks its broker for a sign of life
 MAX_KEEPALIVE = 65_535  # seconds: 3.1.1, 3.1.2.10
 READ_TIME = 0.02  # seconds of reading until what came is handled
@@ -141,14 +140,10 @@ class Network:
         return bool(sock and (self._unread or select.select([sock], [], [], 0)[0]))
 
     def acknowledge(self) -> None:
-        """Acknowledge what came in; not at once, so that the answers to it are faster.
-
-        All of it is one write, for which paho's ack() has no way.
-        """
-        if self.owed:
-            packets = b"".join(PUBACK + mid.to_bytes(2, "big") for mid in self.owed)
-            self._client._packet_queue(PUBACK[0], packets, self.owed[-1], QOS)
-            self.owed.clear()
+        """Acknowledge what came in; not at once, so that the answers to it are faster."""
+        for mid in self.owed:
+            self._client.ack(mid, QOS)
+        self.owed.clear()
 
 
 class Events:

@@ -34,7 +34,7 @@ REQUEST_LABEL = b"secure-mqtt/1 key-exchange request"
 RESPONSE_LABEL = b"secure-mqtt/1 key-exchange response"
 PSS_SALT_SIZE = 32  # bytes
 MAX_SHOWN, MAX_SHOWN_SIZE = 3, 200  # names in an error, and characters of them
-MAX_SIGNERS = 1_000  # whose certificates are not verified again: 2 KiB each
+MAX_SIGNERS = 5_000  # whose certificates are not verified again: 3 KiB each
 # Work with a key of RSA grows with the length of its numbers; public exponents are 65537 mostly.
 RSA_SIZES, MAX_RSA_EXPONENT_SIZE = range(2048, 4096 + 1), 32  # bits
 # Others are not even read: one of Diffie-Hellman takes the library seconds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import random
@@ -31,8 +32,19 @@ TALKATIVE = [
     "from secure_mqtt import reports; reports.FOREIGN_INTERVAL = 0.0; os._exit(program.main())",
 ]
 VECTORS = Path(__file__).resolve().parent / "vectors"
+# Ports below the range from which systems take those for clients. Each worker of pytest-xdist has
+# its share, and goes through it in an order of its own: none takes what another just found free.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+OWN_PORTS = range(20_000 + WORKER, 32_000, WORKERS)
+PORTS = itertools.cycle(random.SystemRandom().sample(OWN_PORTS, len(OWN_PORTS)))
 SAFETY = 60.0  # seconds after which something that should have happened is taken to have failed
 
+# A shell that runs the tests in the background, or nohup, has these ignored, and what is started
+# would inherit that.
+for number in signal.SIGINT, signal.SIGHUP:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 sys.path.insert(0, str(ROOT))
 
 Run = subprocess.CompletedProcess[bytes]
@@ -68,13 +80,9 @@ def error_lines(result: Run) -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that nothing listens on.
-
-    It is below the range from which systems take ports for clients, so nobody is likely to take it
-    before it is used.
-    """
+    """Return a TCP port of the loopback interface that nothing listens on."""
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
+        port = next(PORTS)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 

@@ -356,8 +356,11 @@ class PatientConnection(Connection):
         self._network.owed += [message.mid for message in messages if message.mid]
 
     def _on_message(self, client: object, userdata: object, message: Any) -> None:
-        content = message.topic, bytes(message.payload)
-        self.inbox.put(Message(*content, message.retain, message.mid if message.qos else 0))
+        mid = message.mid if message.qos else 0
+        received = Message(message.topic, bytes(message.payload), message.retain, mid)
+        if not self.inbox.put(received):
+            # Else nobody would, and a broker sends nothing more beside too many of those.
+            self.acknowledge([received])
 
 
 @functools.cache

@@ -132,9 +132,11 @@ class Link:
 
     def _is_new(self, message: Message) -> bool:
         """Tell whether a message was not taken from the connection before."""
-        is_new = not self._taken[mark(message)]
-        self._taken[mark(message)] -= not is_new
-        return is_new
+        place = mark(message)
+        if not self._taken[place]:
+            return True
+        self._taken[place] -= 1
+        return False
 
 
 def mark(message: Message) -> bytes:

@@ -30,14 +30,16 @@ class Inbox:
     def __len__(self) -> int:
         return len(self._messages)
 
-    def put(self, message: Message) -> None:
-        """Take a message in, if there is room."""
+    def put(self, message: Message) -> bool:
+        """Take a message in, if there is room; tell whether there was."""
         size = len(message.payload) + (self._bytes if self._messages else 0)
-        if not self._messages or (len(self._messages) < MAX_MESSAGES and size <= MAX_BYTES):
+        has_room = not self._messages or (len(self._messages) < MAX_MESSAGES and size <= MAX_BYTES)
+        if has_room:
             self._messages.append(message)
             self._bytes = size
         else:
             self._dropped += 1
+        return has_room
 
     def take(self) -> Message:
         """Return the oldest message, which is then no longer there."""

@@ -122,7 +122,7 @@ class Authority:
     def __init__(self, pem: bytes) -> None:
         """Read the authorities' own certificates (PEM). KeyFileError if there is none."""
         self.content = pem
-        self._signers: OrderedDict[bytes, Signer] = OrderedDict()  # by their certificates
+        self._signers: OrderedDict[bytes, Signer] = OrderedDict()  # newest use last
         try:
             self._anchors = x509.load_pem_x509_certificates(pem)
             self._policy = PolicyBuilder().store(Store(self._anchors))
@@ -157,6 +157,7 @@ class Authority:
         :param name: the DNS name that the signer's certificate must have
         :param is_client: whether it must be for clients; else for responders
         :param at: when it must be valid, in seconds since 1970; None: now
+        :return: when the certificates between the signer and our authority are valid
         :raises PeerKeyError: the bytes were not signed by that name's owner
         """
         try:
@@ -176,25 +177,23 @@ class Authority:
         self, bundle: bytes, signed_bytes: bytes, name: str, is_client: bool, at: float | None
     ) -> Validity:
         *chain, signature = _signature_blocks(bundle)
-        signer = self._signer(chain, is_client, at)
-        _check_name(signer.names, name)
-        signer.key.verify(signature, signed_bytes, *_signature_scheme(signer.key))
-        return signer.validity
-
-    def _signer(self, chain: list[bytes], is_client: bool, at: float | None) -> Signer:
-        """Return who has these certificates (DER).
-
-        Who was certified once stays so until a certificate ends: most of the time of a verification
-        is for those, and the same ones come with each new key of a session.
-        """
         place = digest(join_fields(*chain, bytes([is_client])))
+        # Who was certified once stays so until a certificate ends: most of the time of a
+        # verification is for those, and the same ones come with each new key of a session.
         signer = self._signers.get(place)
         if not signer or not signer.validity.holds_at(time.time() if at is None else at):
             signer = self._read_signer(chain, is_client, at)
-            self._signers[place] = signer
-            if len(self._signers) > MAX_SIGNERS:
-                self._signers.popitem(last=False)
-        return signer
+        _check_name(signer.names, name)
+        signer.key.verify(signature, signed_bytes, *_signature_scheme(signer.key))
+        self._remember(place, signer)
+        return signer.validity
+
+    def _remember(self, place: bytes, signer: Signer) -> None:
+        """Remember who has signed: certificates alone, which anyone may show, push nobody out."""
+        self._signers[place] = signer
+        self._signers.move_to_end(place)
+        if len(self._signers) > MAX_SIGNERS:
+            self._signers.popitem(last=False)
 
     def _read_signer(self, chain: list[bytes], is_client: bool, at: float | None) -> Signer:
         leaf, *others = _read_chain(chain)

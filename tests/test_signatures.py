@@ -376,6 +376,16 @@ def test_an_authority_remembers_a_bounded_number_of_those_whom_it_has_certified(
     assert len(authority._signers) == 20
 
 
+def test_nobody_is_remembered_for_certificates_that_he_cannot_sign_with() -> None:
+    key, authority = p256(), Authority(pem(ANCHOR))
+    leaf = COURSE.issue(key.public_key(), *ALICE)
+    with pytest.raises(PeerKeyError, match="its signature does not match"):
+        authority.verify(signed(p256(), leaf), NETID, NETID)
+    assert not authority._signers
+    authority.verify(signed(key, leaf), NETID, NETID)
+    assert len(authority._signers) == 1
+
+
 def test_an_authority_knows_what_it_was_made_of() -> None:
     for content in pem(ANCHOR), pem(ANCHOR) + b"text", pem(ANCHOR, LOWER.certify(LOWER)):
         assert Authority(content).content == content

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -25,10 +26,12 @@ from conftest import (
     run,
     wait_until,
 )
+from hostile import DISCONNECT, QOS_0, connect, packet, publish
 from issuing import pem
 from keeping import COURSE, Member, keeper_options, private_pem
 from members import TOPIC, Certifier
 
+from secure_mqtt.mailboxes import MAX_MESSAGES
 from secure_mqtt.topics.database import APPLICATION_ID, VERSION
 from secure_mqtt.topics.messages import MAX_DATA_SIZE, NOTICE, make_notice
 from secure_mqtt.topics.requests import MAX_REQUEST_SIZE, RefusedError
@@ -356,6 +359,25 @@ def test_who_publishes_much_does_not_lock_others_out(site: Site) -> None:
     assert alice.ask("remove", TOPIC, ["bob"]) == {}
     assert alice.join().number < 3_000  # the answer did not wait for all of them
     assert lab_request(site, "carol") == "gnikrowteN\n"
+
+
+def test_a_keeper_that_had_no_room_for_messages_keeps_those_that_follow(site: Site) -> None:
+    """Else the broker would wait for the acknowledgement of those, mosquitto for that of 20."""
+    alice = site.start().member("alice")
+    alice.ask("create", TOPIC, [], 100)
+    joined = alice.join()
+    os.kill(site.process, signal.SIGSTOP)  # so that all wait at the broker
+    with socket.create_connection(("127.0.0.1", site.broker.port)) as flood:
+        flood.sendall(connect("flood") + publish(TOPIC, b"", QOS_0) * 3 * MAX_MESSAGES)
+        flood.sendall(publish(TOPIC, b"") + packet(DISCONNECT))
+        while flood.recv(4096):  # until the broker has taken all
+            pass
+    for _ in range(30):
+        alice.peer.publish(TOPIC, b"no message")
+    os.kill(site.process, signal.SIGCONT)
+    site.keeper.wait_for("too many at a time")
+    payload = alice.publish(joined, b"text")
+    wait_until(lambda: has_kept(alice, [payload]))
 
 
 def test_a_keeper_takes_the_authority_that_has_replaced_another(site: Site) -> None:

@@ -340,6 +340,29 @@ def test_a_keeper_that_was_killed_when_it_made_its_file_can_make_it_again(path: 
         store.database.close()
 
 
+def steps(database: Database, do: Callable[[], object]) -> int:
+    """Return how many steps SQLite takes to do something."""
+    taken: list[None] = []
+    database._connection.set_progress_handler(lambda: taken.append(None), 1)
+    do()
+    database._connection.set_progress_handler(None, 1)
+    return len(taken)
+
+
+def test_what_is_due_is_found_among_many_keys_as_among_few(path: str) -> None:
+    store = open_store(path)
+    topic = create(store)
+    before = steps(store.database, store.epochs.next_due)
+    with store.database.batch():
+        for number in range(2, 1_000):
+            store.database.execute(
+                "INSERT INTO epochs (topic, epoch, key, started, expires) VALUES (?, ?, '', 0, 0)",
+                *(topic.id, number),
+            )
+    assert steps(store.database, store.epochs.next_due) == before
+    assert store.epochs.next_due() == 100
+
+
 # --- and no more -------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from crypto import CryptoError
@@ -34,11 +35,7 @@ class Batches:
 
         :param requests: the NetIDs that ask, and what they ask for
         """
-
-        def answer_to(netid: str, request: bytes) -> Callable[[], bytes]:
-            return lambda: self._keeper.answer(netid, request)
-
-        jobs = [answer_to(*request) for request in requests[:MAX_BATCH]]
+        jobs = [partial(self._keeper.answer, *request) for request in requests[:MAX_BATCH]]
         return self._do(
             jobs, lambda error: CANNOT_WRITE if isinstance(error, StoreError) else CANNOT_DO
         )
@@ -50,15 +47,13 @@ class Batches:
         :raises StoreError: nothing can be written
         """
 
-        def keeping(topic: str, payload: bytes) -> Callable[[], str]:
-            return lambda: self._keep(topic, payload)
-
         def failed(error: Exception) -> str:
             if isinstance(error, StoreError):
                 raise error
             return f"it raised {type(error).__name__}"
 
-        return self._do([keeping(*message) for message in messages[:MAX_BATCH]], failed)
+        jobs = [partial(self._keep, *message) for message in messages[:MAX_BATCH]]
+        return self._do(jobs, failed)
 
     def _keep(self, topic: str, payload: bytes) -> str:
         try:
@@ -67,15 +62,9 @@ class Batches:
             return str(error)
         return ""
 
-    def rotate(self) -> bool:
-        """Renew the keys for which it is time, or some of them; tell whether that was possible."""
-
-        def rotate() -> bool:
-            self._keeper.rotate()
-            return True
-
-        [is_done] = self._do([rotate], lambda error: False)
-        return is_done
+    def rotate(self) -> None:
+        """Renew the keys for which it is time, or some of them; failure tells why that failed."""
+        self._do([self._keeper.rotate], lambda error: None)
 
     def catch_up(self) -> list[str]:
         """Return the topics to subscribe to, when subscriptions begin anew.

@@ -96,3 +96,10 @@ def say(text: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(visible(text), file=sys.stderr, flush=True)
+
+
+def say_error(error: ProgramError) -> None:
+    """Say what went wrong, and what to do about it."""
+    say(f"{PROGRAM}: error: {error}")
+    if error.hint:
+        say(f"{PROGRAM}: hint: {error.hint}")

@@ -6,16 +6,18 @@ import os
 import pty
 import re
 import select
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 
 import pytest
 import sharing
-from conftest import PROGRAM, SAFETY, Mosquitto, error_lines, wait_until
+from conftest import PROGRAM, SAFETY, Mosquitto, Peer, error_lines, wait_until
 from sharing import Club
 
+from secure_mqtt.topics.messages import MAX_EPOCH, make_notice
 from secure_mqtt.topics.shell import COMMANDS, HELP
 
 NAMES = count(1)
@@ -47,8 +49,8 @@ def test_commands_from_a_pipe_are_done_one_after_the_other(club: Club, topic: st
 
 def test_a_command_that_fails_says_why_and_the_next_is_done(club: Club, topic: str) -> None:
     commands = (
-        f"publish {topic} x\nunknown\ncreate\nsubscribe {topic}\nunsubscribe {topic}\nadmit a+ b\n"
-        f"create {topic}\nexit\nunknown"
+        f"publish {topic} x\nunknown\ncreate\nsubscribe {topic}\nsubscribe {topic} b\n"
+        f"unsubscribe {topic}\nunsubscribe\nadmit a+ b\ncreate {topic}\nexit\nunknown"
     )
     result = club.run("alice", "shell", stdin=commands.encode())
     assert result.returncode == 1
@@ -58,9 +60,11 @@ def test_a_command_that_fails_says_why_and_the_next_is_done(club: Club, topic: s
         "there is no command 'unknown'",
         "create takes: TOPIC",
         f"'responder' refuses on {topic}: there is no such topic",
+        "subscribe takes: TOPIC",
         f"not subscribed to '{topic}'",
+        "unsubscribe takes: TOPIC",
         "TOPIC must be",
-        "commands that failed: 6",
+        "commands that failed: 8",
     ]
     for error, start in zip(errors, wanted, strict=True):
         assert error.startswith(start)
@@ -82,6 +86,35 @@ def test_messages_are_shown_until_they_are_unsubscribed_from(club: Club, topic: 
     ]
     bob.end_input()
     assert (bob.wait(), bob.notes) == (0, [])
+
+
+def test_a_removal_fails_no_other_command(
+    club: Club, topic: str, peer: Callable[..., Peer]
+) -> None:
+    """The keeper is stopped until it has the removal, Bob's question for new keys, and another."""
+    other = f"{topic}/other"
+    for name in topic, other:
+        club.do("alice", "create", name, "bob")
+    alice, bob = (club.start(name, "-v", "shell") for name in ("alice", "bob"))
+    alice.write(b"topics\n")
+    alice.wait_for_lines(2)
+    bob.write(f"subscribe {topic}\n".encode())
+    bob.wait_for_note("the answer to a question (history)")
+    club.keeper.process.send_signal(signal.SIGSTOP)
+    try:
+        alice.write(f"remove {topic} bob\n".encode())
+        alice.wait_for_note("a question (remove)")
+        peer(club.broker.port).publish(topic, make_notice(MAX_EPOCH))
+        bob.wait_for_note("question (join)", 3)
+        bob.write(b"topics\n")
+        bob.wait_for_note("a question (list)")
+    finally:
+        club.keeper.process.send_signal(signal.SIGCONT)
+    bob.wait_for_note(f"error: 'responder' refuses on {topic}: there is no such topic")
+    assert bob.wait_for_lines(1) == [f"{other}\talice\talice bob\n".encode()]
+    bob.end_input()
+    assert bob.wait() == 1
+    assert bob.notes[-1].endswith("commands that failed: 1")
 
 
 def test_the_help_names_every_command() -> None:

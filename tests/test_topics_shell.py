@@ -159,7 +159,7 @@ class AtTerminal:
         return found[-1]
 
 
-def test_messages_do_not_tear_what_is_being_typed(club: Club, topic: str) -> None:
+def test_messages_tear_neither_what_is_being_typed_nor_each_other(club: Club, topic: str) -> None:
     club.do("alice", "create", topic, "bob")
     bob = AtTerminal([*map(str, club.arguments("bob", "shell"))])
     bob.wait_for("> ")
@@ -167,8 +167,8 @@ def test_messages_do_not_tear_what_is_being_typed(club: Club, topic: str) -> Non
     bob.wait_for("> ")
     bob.type("top")
     bob.wait_for("top")
-    club.do("alice", "publish", topic, "\x1b[2J hello")
-    bob.wait_for(f"\r\x1b[J{topic} alice: \\x1b[2J hello\r\n> top")
+    club.do("alice", "publish", topic, f"\x1b[2J hello\n{topic} carol: hi")  # in another's name
+    bob.wait_for(f"\r\x1b[J{topic} alice: \\x1b[2J hello\\n{topic} carol: hi\r\n> top")
     bob.type("ics\n")
     bob.wait_for(f"{topic}\talice\talice bob\r\n")
     bob.wait_for("> ")

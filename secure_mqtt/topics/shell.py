@@ -15,7 +15,7 @@ from secure_mqtt.topics.commands import refusal, table
 from secure_mqtt.topics.enquiries import Enquiries
 from secure_mqtt.topics.member import Part
 from secure_mqtt.topics.order import Received
-from secure_mqtt.topics.output import Notes, for_people
+from secure_mqtt.topics.output import Notes, for_people, in_a_line
 from secure_mqtt.topics.prompt import Pipe, Terminal, terminal_as_it_was
 from secure_mqtt.topics.publication import Publication
 from secure_mqtt.topics.requests import write_request
@@ -99,7 +99,7 @@ class Shell(SubscribingMember):
         self._publications: dict[str, Publication] = {}
         self.is_terminal = self._output.is_terminal and sys.stdin.isatty()
         self._source: Terminal | Pipe = Terminal(self._output) if self.is_terminal else Pipe()
-        self._format = for_people
+        self._format = in_a_line if self._output.is_terminal else for_people
         self._has_finished: Finished = always
         self._failures = 0
 

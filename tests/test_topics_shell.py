@@ -21,6 +21,8 @@ from secure_mqtt.topics.messages import MAX_EPOCH, make_notice
 from secure_mqtt.topics.shell import COMMANDS, HELP
 
 NAMES = count(1)
+MANY_COMMANDS = 2**24  # bytes, far more than pipes and sockets hold
+STANDSTILL = 5.0  # seconds in which nothing is taken
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,20 @@ def test_a_removal_fails_no_other_command(
     bob.end_input()
     assert bob.wait() == 1
     assert bob.notes[-1].endswith("commands that failed: 1")
+
+
+def test_a_shell_whose_output_nobody_reads_takes_no_further_commands(
+    club: Club, topic: str
+) -> None:
+    club.do("alice", "create", topic, "bob")
+    bob = club.start("bob", "shell", reads=False)
+    stdin = bob.process.stdin
+    assert stdin
+    os.set_blocking(stdin.fileno(), False)
+    taken = 0
+    while taken < MANY_COMMANDS and select.select([], [stdin], [], STANDSTILL)[1]:
+        taken += os.write(stdin.fileno(), f"subscribe {topic}\nhelp\n".encode() * 100)
+    assert taken < MANY_COMMANDS
 
 
 def test_the_help_names_every_command() -> None:

@@ -134,7 +134,8 @@ class Shell(SubscribingMember):
 
     def _things(self) -> tuple[list[Any], list[Any]]:
         inputs, outputs = super()._things()
-        is_reading = self.is_idle and not self._source.has_ended
+        # Commands that come while nobody reads what they print shall not pile up.
+        is_reading = self.is_idle and not self._output and not self._source.has_ended
         return [*inputs, self._source] if is_reading else inputs, outputs
 
     def _handle(self, thing: Any) -> None:

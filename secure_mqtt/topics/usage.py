@@ -37,9 +37,9 @@ OPTIONS = {
 def check_command(settings: Settings, words: Sequence[str]) -> None:
     """Refuse options and numbers of words that don't fit a command."""
     command = words[1]
-    for option, commands in OPTIONS.items():
-        if command not in commands and getattr(settings, option) != getattr(Settings, option):
-            raise UsageError(f"--{option.replace('_', '-')} is not for {command}; leave it out")
+    others = (option for option, commands in OPTIONS.items() if command not in commands)
+    for option in settings.given(*others):
+        raise UsageError(f"{option} is not for {command}; leave it out")
     if settings.suite and settings.suite not in SUITES:
         raise UsageError(f"--suite {settings.suite} is not for topics; {' and '.join(SUITES)} are")
     if not (settings.identity and settings.peer_ca):

@@ -131,7 +131,7 @@ class Session:
 
     def _tell(self, reason: Exception) -> None:
         """Log why it is not connected; where nobody else would say so, once an outage aloud."""
-        tell = log().warning if self._settings.is_patient and not self._has_told else log().info
+        tell = log().warning if self._settings.lasts and not self._has_told else log().info
         tell("connecting again: %s", reason)
         self._has_told = True
         if time.monotonic() - self._connected_at >= LAST_DELAY:

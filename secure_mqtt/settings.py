@@ -65,6 +65,11 @@ class Settings(argparse.Namespace):
         """Whether any option turns TLS on."""
         return bool(self.cafile or self.tls or self.insecure or self.cert)
 
+    @property
+    def lasts(self) -> bool:
+        """Whether it waits for ever for broker and keeper, once they were there, and says so."""
+        return self.is_patient or self.command == "shell"
+
     def given(self, *options: str) -> list[str]:
         """Return which of some options were given, with their dashes, before defaults are put in.
 

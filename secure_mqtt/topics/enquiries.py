@@ -125,7 +125,7 @@ class Enquiries:
     def go_on(self, mqtt: Connection) -> None:
         """Send what can be sent."""
         if time.monotonic() >= self.next_time():
-            is_first = self._patience == NUMBERED.patience and self._settings.is_patient
+            is_first = self._patience == NUMBERED.patience and self._settings.lasts
             tell = log().warning if is_first else log().info
             tell("no answer from %r: asking again", self._settings.peer_name)
             self._patience = min(2 * self._patience, MAX_PATIENCE)

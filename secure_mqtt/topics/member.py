@@ -49,8 +49,7 @@ class Member:
         self._stopping, self._stop = socket.socketpair()
         self.stops_at = NEVER  # of time.monotonic(): then it is to be left as it is
         self._parts: list[Part] = []
-        is_patient = settings.is_patient or settings.command == "shell"
-        timeout = NEVER if is_patient else settings.timeout
+        timeout = NEVER if settings.lasts else settings.timeout
         self.patience = Patience(NUMBERED.patience, timeout)
         self.is_printing = False
 

@@ -299,13 +299,14 @@ def heed_hangup(responder: "Responder") -> None:
     """Let SIGHUP make a responder read its files again or, if its terminal is closed, stop it."""
     was_at_terminal = is_at_terminal()
 
-    def heed(*_: object) -> None:
+    def renew_or_stop(*_: object) -> None:
+        """Do what SIGHUP is for, now."""
         if was_at_terminal and not is_at_terminal():
             responder.stop()
         else:
             responder.renew()
 
-    signal.signal(signal.SIGHUP, heed)
+    signal.signal(signal.SIGHUP, renew_or_stop)
 
 
 def run_member(settings: "Settings") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ class Part(Protocol):
         """Note that the connection was lost."""
 
 
-class Member:
+class Member(ABC):
     """What is the same whatever a member does."""
 
     def __init__(self, settings: Settings, enquiries: Enquiries) -> None:
@@ -86,6 +87,7 @@ class Member:
         """Return what shall be around run()."""
         return nullcontext()
 
+    @abstractmethod
     def check(self) -> None:
         """Raise ProgramError if something is wrong with what was done."""
 
@@ -142,14 +144,15 @@ class Member:
 
     # --- what differs --------------------------------------------------------------------------
 
+    @abstractmethod
     def _is_done(self) -> bool:
         """Tell whether there is nothing left to do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _things(self) -> tuple[list[Any], list[Any]]:
         """Return what is to be read and what is to be written, for select()."""
-        return [], []
 
+    @abstractmethod
     def _handle(self, thing: Any) -> None:
         """Read or write one of these, which is ready."""
 

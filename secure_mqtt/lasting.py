@@ -125,6 +125,8 @@ class Session:
         """Say all that is to be said. ProgramError if that can't be done."""
         while reason := self._try():
             self._tell(reason)
+            if self._dialogue.is_idle:  # else it has waited longer
+                self._dialogue.patience.began = time.monotonic()
             self._dialogue.interrupt()
             self._mqtt = Connection(self._settings)
             time.sleep(self._dialogue.patience.delay())

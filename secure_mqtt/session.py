@@ -196,8 +196,6 @@ class Dialogue:
 
     def interrupt(self) -> None:
         """Prepare for another connection, where all is said again that was not answered."""
-        if not self.window:
-            self.patience.began = time.monotonic()
         self._key.forget()
         self.window.send_alone()  # a line among them may be what has ended the connection
         self.window.send_again()

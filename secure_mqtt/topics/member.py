@@ -104,8 +104,6 @@ class Member(ABC):
 
     def interrupt(self) -> None:
         """Prepare for another connection."""
-        if self.is_idle:
-            self.patience.began = time.monotonic()
         self._enquiries.interrupt()
         for part in self._parts:
             part.interrupted()

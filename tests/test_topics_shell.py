@@ -142,9 +142,11 @@ def test_the_help_names_every_command() -> None:
 class AtTerminal:
     """Somebody at a terminal, where the program runs."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], has_input: bool = True) -> None:
         self.pid, self._terminal = pty.fork()
         if not self.pid:
+            if not has_input:
+                os.close(pty.STDIN_FILENO)
             os.environ["TERM"] = "xterm"
             os.execv(sys.executable, [sys.executable, str(PROGRAM), *arguments])
         self.screen = b""
@@ -200,3 +202,9 @@ def test_end_of_input_and_interrupt_end_a_shell(
     bob.wait_for("> ")
     bob.type(key)
     assert bob.status() == status
+
+
+def test_a_shell_without_standard_input_says_so(club: Club) -> None:
+    bob = AtTerminal([*map(str, club.arguments("bob", "shell"))], has_input=False)
+    bob.wait_for("error: cannot read MESSAGE from standard input: it is closed\r\n")
+    assert bob.status() == 1

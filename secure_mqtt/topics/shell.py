@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from secure_mqtt.errors import ProgramError, UsageError
 from secure_mqtt.settings import Settings
-from secure_mqtt.streams import say_error
+from secure_mqtt.streams import is_typed, say_error
 from secure_mqtt.topics.commands import refusal, table
 from secure_mqtt.topics.enquiries import Enquiries
 from secure_mqtt.topics.member import Part
@@ -97,7 +96,7 @@ class Shell(SubscribingMember):
         super().__init__(settings, enquiries, [], Notes())
         self._identity, self._authority = identity, authority
         self._publications: dict[str, Publication] = {}
-        self.is_terminal = self._output.is_terminal and sys.stdin.isatty()
+        self.is_terminal = self._output.is_terminal and is_typed()
         self._source: Terminal | Pipe = Terminal(self._output) if self.is_terminal else Pipe()
         self._format = in_a_line if self._output.is_terminal else for_people
         self._has_finished: Finished = always

@@ -31,8 +31,15 @@ from typing import TYPE_CHECKING, cast
 from crypto import CryptoError
 from secure_mqtt.command_line import parse_settings
 from secure_mqtt.errors import INSTALL, ProgramError, UsageError, WorkerError
-from secure_mqtt.log import PROGRAM, log, set_up_log
-from secure_mqtt.streams import is_utf8, read_message, say, tell_of_input, write_output
+from secure_mqtt.log import log, set_up_log
+from secure_mqtt.streams import (
+    is_utf8,
+    read_message,
+    say,
+    say_error,
+    tell_of_input,
+    write_output,
+)
 from secure_mqtt.suites import SUITES, UnavailableError
 from secure_mqtt.terminal import is_at_terminal
 
@@ -292,13 +299,14 @@ def heed_hangup(responder: "Responder") -> None:
     """Let SIGHUP make a responder read its files again or, if its terminal is closed, stop it."""
     was_at_terminal = is_at_terminal()
 
-    def heed(*_: object) -> None:
+    def renew_or_stop(*_: object) -> None:
+        """Do what SIGHUP is for, now."""
         if was_at_terminal and not is_at_terminal():
             responder.stop()
         else:
             responder.renew()
 
-    signal.signal(signal.SIGHUP, heed)
+    signal.signal(signal.SIGHUP, renew_or_stop)
 
 
 def run_member(settings: "Settings") -> None:
@@ -378,9 +386,7 @@ def role_of(settings: "Settings") -> "Callable[[Settings], None]":
 
 def report(error: ProgramError) -> int:
     """Say what went wrong; the result is the exit status."""
-    say(f"{PROGRAM}: error: {error}")
-    if error.hint:
-        say(f"{PROGRAM}: hint: {error.hint}")
+    say_error(error)
     if isinstance(error, UsageError):
         say(USAGE)
         return 2

@@ -61,7 +61,7 @@ def call(
         message = mqtt.next_message()
         if message.topic == topic:
             try:
-                check_answer(message, size)
+                check_answer(message, most_of_answer(size))
                 result = read(message.payload)
             except CryptoError as error:
                 mqtt.ignored[str(error)] += 1
@@ -100,17 +100,24 @@ def log_message(settings: Settings, number: int, size: int, content: str = "") -
     log().info("%d %s %s, %d bytes: %s (%s)", number, direction, where, size, content, how)
 
 
-def check_answer(answer: Message, size: int) -> None:
+def check_answer(answer: Message, most: int) -> None:
     """Raise UnusableError for what is no answer, whatever it means.
 
-    :param size: of our own message, in bytes
+    :param most: bytes that an answer may have
     """
     if answer.is_retained:
         raise UnusableError("retained from an earlier run")
-    # No action makes a text more than three times as long. A broker that sends far more wants us to
-    # be busy with it when the time is over.
-    if len(answer.payload) > 4 * size + MAX_KEY_FILE_SIZE:
+    if len(answer.payload) > most:
         raise UnusableError("far too large for an answer")
+
+
+def most_of_answer(size: int) -> int:
+    """Return how many bytes the answer to a message may have. size: of that, in bytes.
+
+    No action makes a text more than three times as long. A broker that sends far more wants us to
+    be busy with it when the time is over.
+    """
+    return 4 * size + MAX_KEY_FILE_SIZE
 
 
 class HasStage(Protocol):

@@ -17,7 +17,7 @@ from secure_mqtt.log import PROGRAM
 from secure_mqtt.settings import DEFAULT_PEER_NAME, Settings, client_id, read_password
 from secure_mqtt.streams import is_utf8, write_output
 from secure_mqtt.suites import SUITES
-from secure_mqtt.topics.names import MAX_HISTORY
+from secure_mqtt.topics.names import DNS_LABEL, MAX_HISTORY, MEMBER
 
 DEFAULT_PORT = 1884  # the lab's
 DEFAULT_TLS_PORT = 8883  # secure-mqtt, as registered with IANA
@@ -26,7 +26,6 @@ DEFAULT_TIMEOUT = 30.0  # seconds
 MAX_TIMEOUT = 86_400.0  # seconds: far more overflows the clocks of the system
 MIN_ROTATION, MAX_ROTATION = 1.0, 604_800.0  # seconds; the latter is a week
 DEFAULT_ROTATION = 3600.0  # seconds
-DNS_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # RFC 1034, 3.5; RFC 1123, 2.1
 DNS_NAME = re.compile(rf"{DNS_LABEL}(\.{DNS_LABEL})*")
 T = TypeVar("T")
 
@@ -69,24 +68,18 @@ def build_parser(help_text: str, version: str) -> Parser:
     seconds = checked(float, lambda value: 0 < value <= MAX_TIMEOUT, time_span)
     add("-W", "--timeout", type=seconds)
     add("--rekey", type=seconds)
-    interval = f"a number of seconds from {MIN_ROTATION:g} to {MAX_ROTATION:g}"
-    add(
-        "--rotate",
-        type=checked(float, lambda value: MIN_ROTATION <= value <= MAX_ROTATION, interval),
-    )
+    add("--rotate", type=between(float, MIN_ROTATION, MAX_ROTATION, "a number of seconds"))
     suites = " or ".join(SUITES)
     add("--suite", type=checked(str, SUITES.__contains__, suites))
     add("-h", "--host", type=host)
-    port_range = "a number from 1 to 65535"
-    add("-p", "--port", type=checked(decimal, lambda value: 1 <= value <= 65535, port_range))
+    add("-p", "--port", type=between(decimal, 1, 65535, "a number"))
     add("-i", "--id", type=checked(str, is_mqtt_string, "UTF-8 text of 1 to 65535 bytes"))
     for option in ("keep", "identity", "peer-ca", "cafile", "cert", "key", "password-file"):
         add(f"--{option}", type=checked(str, bool, "a file's name"))
     add("--peer-name", type=checked(str, DNS_NAME.fullmatch, "a DNS name"))
     add("-u", "--username", type=checked(str, is_mqtt_string, "UTF-8 text"))
     add("--status-topic", type=checked(str, is_topic, "a topic without + and #"))
-    kept = f"a number from 0 to {MAX_HISTORY}"
-    add("--history", type=checked(decimal, lambda value: 0 <= value <= MAX_HISTORY, kept))
+    add("--history", type=between(decimal, 0, MAX_HISTORY, "a number"))
     add("-C", "--count", type=checked(decimal, lambda value: value > 0, "a number from 1 on"))
     for option in ("--respond", "--local", "--lines", "--json", "--tls", "--insecure"):
         add(option, action="store_true")
@@ -109,6 +102,14 @@ def checked(
         raise argparse.ArgumentTypeError(f"must be {wanted}; not {text[:80]!r}")
 
     return check
+
+
+def between(
+    convert: Callable[[str], float], smallest: float, largest: float, what: str
+) -> Callable[[str], float]:
+    """Return the type of an argument that is a number in a range, for argparse."""
+    wanted = f"{what} from {smallest:g} to {largest:g}"
+    return checked(convert, lambda value: smallest <= value <= largest, wanted)
 
 
 def host(text: str) -> str:
@@ -233,10 +234,9 @@ def check_responder(settings: Settings, words: Sequence[str]) -> None:
         )
     if settings.rotate and not settings.keep:
         raise UsageError("--rotate is for --keep: how often the keys of its topics are renewed")
-    for option in ("suite", "lines", "rekey", "peer_name", "json", "count", "history"):
-        if getattr(settings, option) != getattr(Settings, option):
-            name = option.replace("_", "-")
-            raise UsageError(f"--respond answers requests as they come; --{name} is for a request")
+    others = "suite", "lines", "rekey", "peer_name", "json", "count", "history"
+    for option in settings.given(*others):
+        raise UsageError(f"--respond answers requests as they come; {option} is for a request")
 
 
 def check_request(settings: Settings, words: Sequence[str]) -> None:
@@ -245,10 +245,9 @@ def check_request(settings: Settings, words: Sequence[str]) -> None:
         raise UsageError("NETID, ACTION and MESSAGE are needed, or --respond to answer requests")
     if len(words) > 3:
         raise UsageError("there are more arguments than NETID, ACTION and MESSAGE; quote MESSAGE")
-    for option in ("status_topic", "keep", "rotate"):
-        if getattr(settings, option):
-            raise UsageError(f"--{option.replace('_', '-')} is for --respond")
-    if settings.history is not None or settings.json or settings.count:
+    for option in settings.given("status_topic", "keep", "rotate"):
+        raise UsageError(f"{option} is for --respond")
+    if settings.given("history", "json", "count"):
         raise UsageError("--history, --json and --count are for shared topics; leave them out")
     if settings.lines and words[2] != "-":
         raise UsageError("--lines sends the lines of standard input; give - as MESSAGE")
@@ -271,7 +270,7 @@ def check_words(settings: Settings, words: Sequence[str]) -> None:
             "NETID must be one level of a topic: 1 to 64 characters without / + #, controls, and $"
             f" in front; not {netid[:80]!r}"
         )
-    if (settings.identity or settings.peer_ca) and words and not re.fullmatch(DNS_LABEL, netid):
+    if (settings.identity or settings.peer_ca) and words and not MEMBER.fullmatch(netid):
         raise UsageError(
             "--identity and --peer-ca need a NETID that a certificate can name: 1 to 63 letters,"
             f" digits and inner hyphens; not {netid[:80]!r}"

@@ -125,13 +125,15 @@ class Session:
         """Say all that is to be said. ProgramError if that can't be done."""
         while reason := self._try():
             self._tell(reason)
+            if self._dialogue.is_idle:  # else it has waited longer
+                self._dialogue.patience.began = time.monotonic()
             self._dialogue.interrupt()
             self._mqtt = Connection(self._settings)
             time.sleep(self._dialogue.patience.delay())
 
     def _tell(self, reason: Exception) -> None:
         """Log why it is not connected; where nobody else would say so, once an outage aloud."""
-        tell = log().warning if self._settings.is_patient and not self._has_told else log().info
+        tell = log().warning if self._settings.lasts and not self._has_told else log().info
         tell("connecting again: %s", reason)
         self._has_told = True
         if time.monotonic() - self._connected_at >= LAST_DELAY:

@@ -32,13 +32,9 @@ def local_broker(settings: Settings) -> Iterator[None]:
     except ImportError:
         raise ProgramError("--local needs the package amqtt", INSTALL) from None
     logging.getLogger("amqtt").setLevel(logging.CRITICAL + 1)  # what matters is said here
-    if not settings.port:
-        with socket.create_server((settings.host, 0)) as server:
-            settings.port = server.getsockname()[1]  # for a moment, nobody else takes it
-    config = {
-        "listeners": {"default": {"type": "tcp", "bind": f"{settings.host}:{settings.port}"}},
-        "plugins": plugins(settings),
-    }
+    settings.port = settings.port or free_port(settings.host)
+    listener = {"type": "tcp", "bind": f"{settings.host}:{settings.port}"}
+    config = {"listeners": {"default": listener}, "plugins": plugins(settings)}
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -60,6 +56,12 @@ def local_broker(settings: Settings) -> Iterator[None]:
         asyncio.run_coroutine_threadsafe(broker.shutdown(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join(LOOP_INTERVAL)
+
+
+def free_port(host: str) -> int:
+    """Return a TCP port of a host that, for a moment, nobody else takes."""
+    with socket.create_server((host, 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def plugins(settings: Settings) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from crypto import CryptoError, TokenError
+from crypto import MAX_KEY_FILE_SIZE, CryptoError, TokenError
 from secure_mqtt.actions import KEY_EXCHANGE, RESPONSE
 from secure_mqtt.calls import (
     ANSWER,
@@ -18,6 +18,7 @@ from secure_mqtt.calls import (
     ask,
     check_answer,
     log_message,
+    most_of_answer,
     timed_out,
     topics,
 )
@@ -196,8 +197,6 @@ class Dialogue:
 
     def interrupt(self) -> None:
         """Prepare for another connection, where all is said again that was not answered."""
-        if not self.window:
-            self.patience.began = time.monotonic()
         self._key.forget()
         self.window.send_alone()  # a line among them may be what has ended the connection
         self.window.send_again()
@@ -257,7 +256,7 @@ class Dialogue:
                 self._mqtt.ignored[str(error)] += 1
 
     def _take_key(self, message: Message) -> None:
-        check_answer(message, 0)
+        check_answer(message, MAX_KEY_FILE_SIZE)
         peer = self._key.agree(message.payload)
         log_message(self._settings, KEY_RECEIVED, len(message.payload))
         log().info("the responder %s", peer)
@@ -267,7 +266,7 @@ class Dialogue:
         self.patience.note_try()
 
     def _take_answer(self, message: Message) -> None:
-        check_answer(message, self.window.sent_bytes)
+        check_answer(message, most_of_answer(self.window.sent_bytes))
         number, text = self._key.open(message.topic, message.payload)
         self.window.answer(number, text)
         if self._settings.verbose:

@@ -1,4 +1,4 @@
-"""What the command line says, what is wrong with it, and the files that it names."""
+"""What the command line says, and the files that it names."""
 
 from __future__ import annotations
 
@@ -64,6 +64,19 @@ class Settings(argparse.Namespace):
     def uses_tls(self) -> bool:
         """Whether any option turns TLS on."""
         return bool(self.cafile or self.tls or self.insecure or self.cert)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it waits for ever for broker and keeper, once they were there, and says so."""
+        return self.is_patient or self.command == "shell"
+
+    def given(self, *options: str) -> list[str]:
+        """Return which of some options were given, with their dashes, before defaults are put in.
+
+        :param options: the names of their attributes
+        """
+        names = (name for name in options if getattr(self, name) != getattr(Settings, name))
+        return [f"--{name.replace('_', '-')}" for name in names]
 
     @property
     def broker(self) -> str:

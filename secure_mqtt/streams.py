@@ -52,8 +52,13 @@ def read_input(most: int = -1) -> bytes:
 
 def tell_of_input(what: str) -> None:
     """Tell a person at a terminal that it is waited for, and how to end it."""
-    if sys.stdin is not None and sys.stdin.isatty():
+    if is_typed():
         say(f"{PROGRAM}: reading {what} until the end of input (Ctrl-D)")
+
+
+def is_typed() -> bool:
+    """Tell whether standard input is a terminal."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def standard_input() -> io.BufferedReader:
@@ -96,3 +101,10 @@ def say(text: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(visible(text), file=sys.stderr, flush=True)
+
+
+def say_error(error: ProgramError) -> None:
+    """Say what went wrong, and what to do about it."""
+    say(f"{PROGRAM}: error: {error}")
+    if error.hint:
+        say(f"{PROGRAM}: hint: {error.hint}")

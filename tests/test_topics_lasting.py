@@ -110,6 +110,23 @@ def test_a_keeper_that_is_away_is_said_once_and_waited_for(found: Callable[..., 
     assert (bob.wait(), bob.lines, len(bob.notes)) == (0, [b"x\n"], 1)
 
 
+def test_a_shell_says_for_what_it_waits(found: Callable[..., Club]) -> None:
+    club = found()
+    bob = club.start("bob", "shell")
+    bob.write(b"topics\n")
+    bob.wait_for_lines(1)
+    club.broker.kill()
+    bob.wait_for_note("connecting again")
+    club.kill_keeper()
+    club.broker.start()
+    bob.write(b"topics\n")
+    bob.wait_for_note("no answer from 'responder': asking again")
+    club.start_keeper()
+    bob.wait_for_lines(2)
+    bob.end_input()
+    assert (bob.wait(), len(bob.notes)) == (0, 2)
+
+
 def test_a_single_message_needs_a_keeper_that_answers(found: Callable[..., Club]) -> None:
     club = found()
     club.kill_keeper()

@@ -17,6 +17,7 @@ from topics_world import INTERVAL, Reader, World, Writer
 from secure_mqtt.errors import ProgramError
 from secure_mqtt.topics import publisher
 from secure_mqtt.topics.messages import HELLO, MAX_DATA_SIZE, MESSAGE, make_notice, read_head
+from secure_mqtt.topics.order import MAX_WAITING, MAX_WAITING_BYTES, Order, Received, Room
 
 COURSE = Certifier()
 
@@ -325,6 +326,19 @@ def test_the_first_messages_of_a_session_that_were_held_back_are_asked_for(world
 
 
 # --- what the broker does ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 2**20])
+def test_what_waits_to_be_shown_has_bounds_in_number_and_size(size: int) -> None:
+    order = Order(lambda: 0.0, Room())
+    most = min(MAX_WAITING, MAX_WAITING_BYTES // size if size else MAX_WAITING)
+    for counter in range(most):
+        assert order.has_room()
+        order.take(b"session", counter, Received(TOPIC, "alice", 0, bytes(size)))
+    assert not order.has_room()
+    order.shown()
+    assert order.has_room()
+    assert len(order.received) == most - 1
 
 
 def test_what_is_replayed_is_not_shown_again_and_nobody_is_asked(world: World) -> None:

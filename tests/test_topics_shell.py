@@ -6,19 +6,23 @@ import os
 import pty
 import re
 import select
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 
 import pytest
 import sharing
-from conftest import PROGRAM, SAFETY, Mosquitto, error_lines, wait_until
+from conftest import PROGRAM, SAFETY, Mosquitto, Peer, error_lines, wait_until
 from sharing import Club
 
+from secure_mqtt.topics.messages import MAX_EPOCH, make_notice
 from secure_mqtt.topics.shell import COMMANDS, HELP
 
 NAMES = count(1)
+MANY_COMMANDS = 2**24  # bytes, far more than pipes and sockets hold
+STANDSTILL = 5.0  # seconds in which nothing is taken
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +51,8 @@ def test_commands_from_a_pipe_are_done_one_after_the_other(club: Club, topic: st
 
 def test_a_command_that_fails_says_why_and_the_next_is_done(club: Club, topic: str) -> None:
     commands = (
-        f"publish {topic} x\nunknown\ncreate\nsubscribe {topic}\nunsubscribe {topic}\nadmit a+ b\n"
-        f"create {topic}\nexit\nunknown"
+        f"publish {topic} x\nunknown\ncreate\nsubscribe {topic}\nsubscribe {topic} b\n"
+        f"unsubscribe {topic}\nunsubscribe\nadmit a+ b\ncreate {topic}\nexit\nunknown"
     )
     result = club.run("alice", "shell", stdin=commands.encode())
     assert result.returncode == 1
@@ -58,9 +62,11 @@ def test_a_command_that_fails_says_why_and_the_next_is_done(club: Club, topic: s
         "there is no command 'unknown'",
         "create takes: TOPIC",
         f"'responder' refuses on {topic}: there is no such topic",
+        "subscribe takes: TOPIC",
         f"not subscribed to '{topic}'",
+        "unsubscribe takes: TOPIC",
         "TOPIC must be",
-        "commands that failed: 6",
+        "commands that failed: 8",
     ]
     for error, start in zip(errors, wanted, strict=True):
         assert error.startswith(start)
@@ -84,6 +90,49 @@ def test_messages_are_shown_until_they_are_unsubscribed_from(club: Club, topic: 
     assert (bob.wait(), bob.notes) == (0, [])
 
 
+def test_a_removal_fails_no_other_command(
+    club: Club, topic: str, peer: Callable[..., Peer]
+) -> None:
+    """The keeper is stopped until it has the removal, Bob's question for new keys, and another."""
+    other = f"{topic}/other"
+    for name in topic, other:
+        club.do("alice", "create", name, "bob")
+    alice, bob = (club.start(name, "-v", "shell") for name in ("alice", "bob"))
+    alice.write(b"topics\n")
+    alice.wait_for_lines(2)
+    bob.write(f"subscribe {topic}\n".encode())
+    bob.wait_for_note("the answer to a question (history)")
+    club.keeper.process.send_signal(signal.SIGSTOP)
+    try:
+        alice.write(f"remove {topic} bob\n".encode())
+        alice.wait_for_note("a question (remove)")
+        peer(club.broker.port).publish(topic, make_notice(MAX_EPOCH))
+        bob.wait_for_note("question (join)", 3)
+        bob.write(b"topics\n")
+        bob.wait_for_note("a question (list)")
+    finally:
+        club.keeper.process.send_signal(signal.SIGCONT)
+    bob.wait_for_note(f"error: 'responder' refuses on {topic}: there is no such topic")
+    assert bob.wait_for_lines(1) == [f"{other}\talice\talice bob\n".encode()]
+    bob.end_input()
+    assert bob.wait() == 1
+    assert bob.notes[-1].endswith("commands that failed: 1")
+
+
+def test_a_shell_whose_output_nobody_reads_takes_no_further_commands(
+    club: Club, topic: str
+) -> None:
+    club.do("alice", "create", topic, "bob")
+    bob = club.start("bob", "shell", reads=False)
+    stdin = bob.process.stdin
+    assert stdin
+    os.set_blocking(stdin.fileno(), False)
+    taken = 0
+    while taken < MANY_COMMANDS and select.select([], [stdin], [], STANDSTILL)[1]:
+        taken += os.write(stdin.fileno(), f"subscribe {topic}\nhelp\n".encode() * 100)
+    assert taken < MANY_COMMANDS
+
+
 def test_the_help_names_every_command() -> None:
     named = re.findall(r"(?m)^(\w+)", HELP.decode())
     assert named == [*dict.fromkeys(named)]
@@ -93,9 +142,11 @@ def test_the_help_names_every_command() -> None:
 class AtTerminal:
     """Somebody at a terminal, where the program runs."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], has_input: bool = True) -> None:
         self.pid, self._terminal = pty.fork()
         if not self.pid:
+            if not has_input:
+                os.close(pty.STDIN_FILENO)
             os.environ["TERM"] = "xterm"
             os.execv(sys.executable, [sys.executable, str(PROGRAM), *arguments])
         self.screen = b""
@@ -126,7 +177,7 @@ class AtTerminal:
         return found[-1]
 
 
-def test_messages_do_not_tear_what_is_being_typed(club: Club, topic: str) -> None:
+def test_messages_tear_neither_what_is_being_typed_nor_each_other(club: Club, topic: str) -> None:
     club.do("alice", "create", topic, "bob")
     bob = AtTerminal([*map(str, club.arguments("bob", "shell"))])
     bob.wait_for("> ")
@@ -134,8 +185,8 @@ def test_messages_do_not_tear_what_is_being_typed(club: Club, topic: str) -> Non
     bob.wait_for("> ")
     bob.type("top")
     bob.wait_for("top")
-    club.do("alice", "publish", topic, "\x1b[2J hello")
-    bob.wait_for(f"\r\x1b[J{topic} alice: \\x1b[2J hello\r\n> top")
+    club.do("alice", "publish", topic, f"\x1b[2J hello\n{topic} carol: hi")  # in another's name
+    bob.wait_for(f"\r\x1b[J{topic} alice: \\x1b[2J hello\\n{topic} carol: hi\r\n> top")
     bob.type("ics\n")
     bob.wait_for(f"{topic}\talice\talice bob\r\n")
     bob.wait_for("> ")
@@ -151,3 +202,9 @@ def test_end_of_input_and_interrupt_end_a_shell(
     bob.wait_for("> ")
     bob.type(key)
     assert bob.status() == status
+
+
+def test_a_shell_without_standard_input_says_so(club: Club) -> None:
+    bob = AtTerminal([*map(str, club.arguments("bob", "shell"))], has_input=False)
+    bob.wait_for("error: cannot read MESSAGE from standard input: it is closed\r\n")
+    assert bob.status() == 1

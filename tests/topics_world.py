@@ -150,9 +150,10 @@ class Reader:
             self.asked.extend(asks)
             self.asked_at.extend(self.world.now for _ in asks)
         order = self.subscriber.order
-        self.shown.extend(order.received)
+        while order.received:
+            self.shown.append(order.received[0])
+            order.shown()
         self.missed.extend(order.missed)
-        order.received.clear()
         order.missed.clear()
 
     def receive(self) -> bool:

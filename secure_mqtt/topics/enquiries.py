@@ -17,11 +17,11 @@ from secure_mqtt.calls import (
     KEY_RECEIVED,
     KEY_SENT,
     REQUEST_SENT,
+    check_answer,
     log_message,
     topics,
 )
 from secure_mqtt.connection import Connection
-from secure_mqtt.errors import UnusableError
 from secure_mqtt.exchange import Exchange
 from secure_mqtt.log import log
 from secure_mqtt.mailboxes import Message
@@ -125,7 +125,7 @@ class Enquiries:
     def go_on(self, mqtt: Connection) -> None:
         """Send what can be sent."""
         if time.monotonic() >= self.next_time():
-            is_first = self._patience == NUMBERED.patience and self._settings.is_patient
+            is_first = self._patience == NUMBERED.patience and self._settings.lasts
             tell = log().warning if is_first else log().info
             tell("no answer from %r: asking again", self._settings.peer_name)
             self._patience = min(2 * self._patience, MAX_PATIENCE)
@@ -154,23 +154,19 @@ class Enquiries:
             content = f"a question ({enquiry.ask.do}), encrypted"
             log_message(self._settings, REQUEST_SENT, len(message), content)
 
-    def take(self, mqtt: Connection, message: Message) -> bool:
-        """Take what may be an answer; tell whether its topic is one for those."""
+    def take(self, mqtt: Connection, message: Message) -> None:
+        """Take what may be an answer."""
         if message.topic not in self.subscriptions:
-            return False
+            return
         is_answer = message.topic == topics(self._settings)[1]
         try:
-            if message.is_retained:
-                raise UnusableError("retained from an earlier run")
+            check_answer(message, MAX_KEY_FILE_SIZE + (MAX_ANSWER_SIZE if is_answer else 0))
             (self._take_answer if is_answer else self._take_key)(mqtt, message.payload)
         except CryptoError as error:
             if is_answer != self._key.is_asked_for:  # else nobody waits for such
                 mqtt.ignored[str(error)] += 1
-        return True
 
     def _take_key(self, mqtt: Connection, payload: bytes) -> None:
-        if len(payload) > MAX_KEY_FILE_SIZE:
-            raise UnusableError("far too large for an answer")
         peer = self._key.agree(payload)
         log_message(self._settings, KEY_RECEIVED, len(payload))
         log().info("the responder %s", peer)
@@ -182,8 +178,6 @@ class Enquiries:
         self._send(mqtt)
 
     def _take_answer(self, mqtt: Connection, payload: bytes) -> None:
-        if len(payload) > MAX_ANSWER_SIZE + MAX_KEY_FILE_SIZE:
-            raise UnusableError("far too large for an answer")
         number, text = self._key.open(topics(self._settings)[1], payload)
         if number not in self._sent:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ class Part(Protocol):
         """Note that the connection was lost."""
 
 
-class Member:
+class Member(ABC):
     """What is the same whatever a member does."""
 
     def __init__(self, settings: Settings, enquiries: Enquiries) -> None:
@@ -49,8 +50,7 @@ class Member:
         self._stopping, self._stop = socket.socketpair()
         self.stops_at = NEVER  # of time.monotonic(): then it is to be left as it is
         self._parts: list[Part] = []
-        is_patient = settings.is_patient or settings.command == "shell"
-        timeout = NEVER if is_patient else settings.timeout
+        timeout = NEVER if settings.lasts else settings.timeout
         self.patience = Patience(NUMBERED.patience, timeout)
         self.is_printing = False
 
@@ -87,6 +87,7 @@ class Member:
         """Return what shall be around run()."""
         return nullcontext()
 
+    @abstractmethod
     def check(self) -> None:
         """Raise ProgramError if something is wrong with what was done."""
 
@@ -103,8 +104,6 @@ class Member:
 
     def interrupt(self) -> None:
         """Prepare for another connection."""
-        if self.is_idle:
-            self.patience.began = time.monotonic()
         self._enquiries.interrupt()
         for part in self._parts:
             part.interrupted()
@@ -143,14 +142,15 @@ class Member:
 
     # --- what differs --------------------------------------------------------------------------
 
+    @abstractmethod
     def _is_done(self) -> bool:
         """Tell whether there is nothing left to do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _things(self) -> tuple[list[Any], list[Any]]:
         """Return what is to be read and what is to be written, for select()."""
-        return [], []
 
+    @abstractmethod
     def _handle(self, thing: Any) -> None:
         """Read or write one of these, which is ready."""
 

@@ -9,7 +9,10 @@ from typing import NamedTuple
 from secure_mqtt.topics.keys import NEVER
 
 MAX_LANES = 20_000  # sessions that are remembered, the least recently heard of is forgotten first
-MAX_WAITING, MAX_WAITING_BYTES = 10_000, 2**24  # messages held back, on a topic
+MAX_WAITING, MAX_WAITING_BYTES = (
+    10_000,
+    2**24,
+)  # messages on a topic that are held back; as many may wait for who shows them
 RETRIES = 1.0, 2.0  # seconds after which the keeper is asked again for what is missing
 PATIENCE = 30.0  # seconds after which it is missed, even if the keeper has not answered
 
@@ -73,7 +76,8 @@ class Order:
     def __init__(self, clock: Callable[[], float], room: Room) -> None:
         """Begin with nothing known. clock: tells seconds, from any moment on."""
         self._clock, self._room = clock, room
-        self.received: deque[Received] = deque()  # in order; who shows them takes them out
+        self.received: deque[Received] = deque()  # in order, until shown() is called
+        self._received_bytes = 0  # of their data
         self.missed: deque[tuple[str, int]] = deque()  # whose messages, and how many; likewise
         self.starts: Mapping[bytes, int] = {}  # counters of the last messages before ours
         self.is_kept = False  # whether the keeper may have what is missing
@@ -90,6 +94,14 @@ class Order:
             return is_past  # then its turn has come
         last = lane.last if lane else None if is_past else self.starts.get(session)
         return last is None or counter > last
+
+    def has_room(self) -> bool:
+        """Tell whether there should be more to show, as long as nothing of it is shown."""
+        return len(self.received) < MAX_WAITING and self._received_bytes < MAX_WAITING_BYTES
+
+    def shown(self) -> None:
+        """Forget the first message that was received: it is shown."""
+        self._received_bytes -= len(self.received.popleft().data)
 
     def has_all(self, counters: Mapping[bytes, int]) -> bool:
         """Tell whether all up to these counters was shown, or is known to be missed."""
@@ -142,6 +154,7 @@ class Order:
             self.missed.append((message.sender, missed))
         lane.last = counter
         self.received.append(message)
+        self._received_bytes += len(message.data)
 
     def _give_up(self, session: bytes, below: float = NEVER) -> None:
         """Show what a session holds back up to a counter; what is missing before is missed."""

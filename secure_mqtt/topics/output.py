@@ -75,6 +75,11 @@ def for_people(message: Received) -> bytes:
     return f"{message.topic} {message.sender}: ".encode() + message.data + b"\n"
 
 
+def in_a_line(message: Received) -> bytes:
+    """Do as for_people() does, with newlines escaped: else a sender could show more, as others'."""
+    return for_people(message._replace(data=message.data.replace(b"\n", b"\\n")))
+
+
 def plain(message: Received) -> bytes:
     """Return a message as it is, and a newline."""
     return message.data + b"\n"

@@ -57,12 +57,12 @@ class Tally:
         self.count += times
         self._bytes += times * len(line.data)
 
-    def is_full(self, more: int = 0, more_bytes: int = 0) -> bool:
-        """Tell whether there should be no further ones, once there are more."""
-        return self.exceeds(self._most - more, self._most_bytes - more_bytes)
+    def is_full(self) -> bool:
+        """Tell whether there should be no further ones."""
+        return self.exceeds(self._most, self._most_bytes)
 
     def exceeds(self, count: int, size: int) -> bool:
-        """Tell whether there are so many lines, or so many bytes of them."""
+        """Tell whether there are so many lines or more, or so many bytes of them."""
         return self.count >= count or self._bytes >= size
 
 
@@ -104,7 +104,7 @@ class Window:
 
     def is_keeper_behind(self) -> bool:
         """Tell whether there will be no more room for what the keeper may lack."""
-        return self._acknowledged.is_full(WINDOW, WINDOW_BYTES)
+        return self._acknowledged.exceeds(MAX_KEPT - WINDOW, MAX_KEPT_BYTES - WINDOW_BYTES)
 
     def sent(self) -> None:
         """Note that this line was sent."""
@@ -167,9 +167,8 @@ class Publisher:
         """
         self._session, self._keys, self._clock = session, keys, clock
         self._window = Window()
-        self._streams: dict[
-            bytes, Stream
-        ] = {}  # by the epoch's key, the newest last: our hello was sent
+        # By the epoch's key, the newest last; in each our hello was sent.
+        self._streams: dict[bytes, Stream] = {}
         self._must_ask = True  # before we publish on
         self._is_kept = False  # whether the keeper keeps messages
         self._is_ending = False  # whether no more will be added

@@ -148,10 +148,9 @@ class Senders:
 
     def forget_refusals(self) -> None:
         """Give those a chance that were refused in an epoch that is over."""
-        for session in [
-            each for each, hello in self._hellos.items() if hello in (REFUSED, UNKNOWN)
-        ]:
-            del self._hellos[session]
+        for session, hello in [*self._hellos.items()]:
+            if hello in (REFUSED, UNKNOWN):
+                del self._hellos[session]
 
 
 def check_time(sender: Sender, time: int) -> None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from secure_mqtt.errors import ProgramError
-from secure_mqtt.log import PROGRAM
+from secure_mqtt.errors import ProgramError, UsageError
 from secure_mqtt.settings import Settings
-from secure_mqtt.streams import say
+from secure_mqtt.streams import is_typed, say_error
 from secure_mqtt.topics.commands import refusal, table
 from secure_mqtt.topics.enquiries import Enquiries
 from secure_mqtt.topics.member import Part
 from secure_mqtt.topics.order import Received
-from secure_mqtt.topics.output import Notes, for_people
+from secure_mqtt.topics.output import Notes, for_people, in_a_line
 from secure_mqtt.topics.prompt import Pipe, Terminal, terminal_as_it_was
 from secure_mqtt.topics.publication import Publication
 from secure_mqtt.topics.requests import write_request
@@ -98,9 +96,9 @@ class Shell(SubscribingMember):
         super().__init__(settings, enquiries, [], Notes())
         self._identity, self._authority = identity, authority
         self._publications: dict[str, Publication] = {}
-        self.is_terminal = self._output.is_terminal and sys.stdin.isatty()
+        self.is_terminal = self._output.is_terminal and is_typed()
         self._source: Terminal | Pipe = Terminal(self._output) if self.is_terminal else Pipe()
-        self._format = for_people
+        self._format = in_a_line if self._output.is_terminal else for_people
         self._has_finished: Finished = always
         self._failures = 0
 
@@ -125,15 +123,18 @@ class Shell(SubscribingMember):
 
     def _go_on(self) -> None:
         super()._go_on()
-        if self._attempt(self._has_finished):
-            self._has_finished = always
+        with self._attempt():
+            if self._has_finished():
+                self._has_finished = always
         # What was shown before must be on the screen when there is a prompt below it.
         while self.is_idle and not self._output and (line := self._source.ask()) is not None:
-            self._attempt(partial(self._do, line))
+            with self._attempt():
+                self._do(line)
 
     def _things(self) -> tuple[list[Any], list[Any]]:
         inputs, outputs = super()._things()
-        is_reading = self.is_idle and not self._source.has_ended
+        # Commands that come while nobody reads what they print shall not pile up.
+        is_reading = self.is_idle and not self._output and not self._source.has_ended
         return [*inputs, self._source] if is_reading else inputs, outputs
 
     def _handle(self, thing: Any) -> None:
@@ -142,18 +143,19 @@ class Shell(SubscribingMember):
         else:
             super()._handle(thing)
 
-    def _attempt(self, action: Callable[[], bool]) -> bool:
-        """Do something, or say why that fails; tell whether there is nothing to wait for."""
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """Go on with a command in this block, or say why it fails; then it has ended."""
         try:
-            return action()
+            yield
         except ProgramError as error:
-            self._failures += 1
             self._has_finished = always
-            with self._source.torn():
-                say(f"{PROGRAM}: error: {error}")
-                if error.hint:
-                    say(f"{PROGRAM}: hint: {error.hint}")
-            return True
+            self._fail(error)
+
+    def _fail(self, error: ProgramError) -> None:
+        self._failures += 1
+        with self._source.torn():
+            say_error(error)
 
     def _show(self, message: Received) -> bool:
         with self._source.torn():
@@ -165,7 +167,7 @@ class Shell(SubscribingMember):
 
     def _refuse(self, part: Part) -> None:
         self._forget(part)
-        self._attempt(partial(fail, refusal(self._settings, part.refusal, part.topic)))
+        self._fail(refusal(self._settings, part.refusal, part.topic))
 
     def _forget(self, part: Part) -> None:
         self._parts.remove(part)
@@ -173,15 +175,14 @@ class Shell(SubscribingMember):
         parts: dict[str, Any] = self._subscribed if part.is_subscribed else self._publications
         del parts[part.topic]
 
-    def _do(self, line: bytes) -> bool:
+    def _do(self, line: bytes) -> None:
         """Begin with a command. ProgramError if it is none, or its words are wrong."""
         name, _, rest = line.decode(errors="surrogateescape").strip().partition(" ")
         if not name:
-            return True
+            return
         if name not in COMMANDS:
             raise ProgramError(f"there is no command {name[:80]!r}", "help lists the commands")
         self._has_finished = COMMANDS[name](self, name, rest.lstrip(" "))
-        return False
 
     def _order(self, name: str, rest: str) -> Finished:
         command = command_of(name, rest.split())
@@ -203,11 +204,10 @@ class Shell(SubscribingMember):
             self._parts.append(part)
         part = self._publications[topic]
         part.add(text.encode(errors="surrogateescape"))
-        return lambda: part.is_done
+        return lambda: part.is_done or bool(part.refusal)
 
     def _subscribe(self, name: str, rest: str) -> Finished:
-        check_number("unsubscribe", rest.split())
-        topic = checked_topic(rest.strip())
+        topic = only_topic(name, rest)
         if topic in self._subscribed:
             return always
         part = Subscription(self._settings, self._authority, topic, self._notes)
@@ -219,10 +219,10 @@ class Shell(SubscribingMember):
             if error.is_final:  # else it is done on the next connection
                 self._forget(part)
             raise
-        return part.has_begun
+        return lambda: part.has_begun() or bool(part.refusal)
 
     def _unsubscribe(self, name: str, rest: str) -> Finished:
-        topic = rest.strip()
+        topic = only_topic(name, rest)
         if topic not in self._subscribed:
             raise ProgramError(f"not subscribed to {topic[:80]!r}")
         self._mqtt.unsubscribe(topic)
@@ -243,9 +243,12 @@ def always() -> bool:
     return True
 
 
-def fail(error: ProgramError) -> bool:
-    """Raise an error."""
-    raise error
+def only_topic(name: str, rest: str) -> str:
+    """Return the topic that follows a command. UsageError if it is wrong, or not all."""
+    words = rest.split()
+    if len(words) != 1:
+        raise UsageError(f"{name} takes: TOPIC")
+    return checked_topic(words[0])
 
 
 COMMANDS: dict[str, Callable[[Shell, str, str], Finished]] = {

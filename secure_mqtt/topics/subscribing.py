@@ -40,6 +40,9 @@ class SubscribingMember(Member):
             return super().timed_out()
         return ProgramError(f"no message came within {self._settings.timeout:g} s")
 
+    def check(self) -> None:
+        """Do nothing: what was wrong was said at once."""
+
     def _is_done(self) -> bool:
         return not (self._left or self._output)
 

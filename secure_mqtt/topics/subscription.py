@@ -18,8 +18,6 @@ from secure_mqtt.topics.subscriber import Subscriber
 if TYPE_CHECKING:
     from secure_mqtt.signatures import Authority
 
-MAX_UNSHOWN = 10_000  # messages that the reader of standard output has no room for
-
 
 class Subscription:
     """Subscribes to a topic."""
@@ -46,7 +44,7 @@ class Subscription:
 
     def has_room(self) -> bool:
         """Tell whether more messages may be taken."""
-        return len(self._subscriber.order.received) < MAX_UNSHOWN
+        return self._subscriber.order.has_room()
 
     def go_on(self, mqtt: Connection, enquiries: Enquiries) -> None:
         """Ask what can be asked."""
@@ -59,9 +57,9 @@ class Subscription:
 
         :param put: shows a message; False: it can't be shown now
         """
-        received = self._subscriber.order.received
-        while received and put(received[0]):
-            received.popleft()
+        order = self._subscriber.order
+        while order.received and put(order.received[0]):
+            order.shown()
         self._note()
 
     def _note(self) -> None:

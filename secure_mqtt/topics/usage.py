@@ -12,7 +12,7 @@ from secure_mqtt.topics.names import ACTION, MAX_MEMBERS, MAX_TOPIC_SIZE, MEMBER
 HISTORY = 100  # messages of a new topic that are kept, unless another number is given
 SUITES = "x25519", "mlkem768x25519"  # that a keeper answers in
 # What follows each command's name, how many words there may be, and how many must.
-WORDS: dict[str, tuple[str, int, float]] = {
+WORDS: dict[str, tuple[str, int, int]] = {
     "create": ("TOPIC [MEMBER...]", 1, MAX_MEMBERS),
     "admit": ("TOPIC MEMBER...", 2, MAX_MEMBERS),
     "remove": ("TOPIC MEMBER...", 2, MAX_MEMBERS),
@@ -20,7 +20,6 @@ WORDS: dict[str, tuple[str, int, float]] = {
     "publish": ("TOPIC MESSAGE; quote MESSAGE", 2, 2),
     "subscribe": ("TOPIC...", 1, MAX_MEMBERS),
     "shell": ("nothing more", 0, 0),
-    "unsubscribe": ("TOPIC", 1, 1),  # in a shell, where subscribe takes no more than that
 }
 # Which commands an option is for.
 OPTIONS = {
@@ -38,9 +37,9 @@ OPTIONS = {
 def check_command(settings: Settings, words: Sequence[str]) -> None:
     """Refuse options and numbers of words that don't fit a command."""
     command = words[1]
-    for option, commands in OPTIONS.items():
-        if command not in commands and getattr(settings, option) != getattr(Settings, option):
-            raise UsageError(f"--{option.replace('_', '-')} is not for {command}; leave it out")
+    others = (option for option, commands in OPTIONS.items() if command not in commands)
+    for option in settings.given(*others):
+        raise UsageError(f"{option} is not for {command}; leave it out")
     if settings.suite and settings.suite not in SUITES:
         raise UsageError(f"--suite {settings.suite} is not for topics; {' and '.join(SUITES)} are")
     if not (settings.identity and settings.peer_ca):

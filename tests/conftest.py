@@ -35,6 +35,12 @@ SAFETY = 60.0  # seconds after which something that should have happened is take
 
 sys.path.insert(0, str(ROOT))
 
+# Under nohup, or in the background of a script, we ignore these; so would all that we start, and a
+# shell among it could not even trap them. What is handled here has its default again there.
+for number in signal.SIGHUP, signal.SIGINT:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
+
 Run = subprocess.CompletedProcess[bytes]
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,29 @@ class Peer:
         self._client.loop_stop()
 
 
-class Mosquitto:
-    """A mosquitto of our own on a free port, which can be stopped and started again."""
+class BrokerProcess(ABC):
+    """A broker of our own on a free port, which can be stopped and started again."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start it and wait until it accepts connections."""
+
+    def kill(self, how: int = signal.SIGKILL) -> None:
+        """End it."""
+        self.process.send_signal(how)
+        self.process.wait(SAFETY)
+
+    def restart(self) -> None:
+        """End it and start it again on the same port."""
+        self.kill()
+        self.start()
+
+
+class Mosquitto(BrokerProcess):
+    """A mosquitto."""
 
     def __init__(self, folder: Path, extra: str = "") -> None:
         self.port = free_port()
@@ -166,7 +188,6 @@ class Mosquitto:
             f"max_queued_messages 0\nuser root\n{extra}\n"
         )
         self._starts = 0
-        self.process: subprocess.Popen[bytes]
         self.start()
 
     def start(self) -> None:
@@ -186,16 +207,6 @@ class Mosquitto:
             )
         )
         assert self.process.poll() is None, self._log.read_text()
-
-    def kill(self, how: int = signal.SIGKILL) -> None:
-        """End it."""
-        self.process.send_signal(how)
-        self.process.wait(SAFETY)
-
-    def restart(self) -> None:
-        """End it and start it again on the same port."""
-        self.kill()
-        self.start()
 
 
 class ResponderProcess:

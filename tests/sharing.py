@@ -10,11 +10,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from conftest import PROGRAM, SAFETY, Mosquitto, ResponderProcess, Run, run, wait_until
+from conftest import PROGRAM, SAFETY, BrokerProcess, ResponderProcess, Run, run, wait_until
 from issuing import pem
 from keeping import COURSE, keeper_options, private_pem
 from members import Certifier
-from other_brokers import Broker
 
 
 class Process:
@@ -132,7 +131,7 @@ class Club:
     """A keeper at a broker, and members with identities."""
 
     def __init__(
-        self, folder: Path, broker: Mosquitto | Broker, *options: str, certifier: Certifier = COURSE
+        self, folder: Path, broker: BrokerProcess, *options: str, certifier: Certifier = COURSE
     ) -> None:
         self.broker, self.folder, self.certifier = broker, folder, certifier
         self._options = [*keeper_options(folder, broker.port, certifier), *options]
@@ -188,7 +187,7 @@ class Club:
 
 
 @contextlib.contextmanager
-def club(folder: Path, broker: Mosquitto | Broker, *options: str) -> Iterator[Club]:
+def club(folder: Path, broker: BrokerProcess, *options: str) -> Iterator[Club]:
     """Found a club, which ends with the block."""
     founded = Club(folder, broker, *options)
     try:

@@ -1,4 +1,7 @@
-"""Members of shared topics as processes, with a keeper and a broker."""
+"""Members of shared topics as processes, with a keeper and a broker.
+
+A test module takes the fixture from here by a name of its own: `club = sharing.shared`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,17 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from conftest import PROGRAM, SAFETY, BrokerProcess, ResponderProcess, Run, run, wait_until
+import pytest
+from conftest import (
+    PROGRAM,
+    SAFETY,
+    BrokerProcess,
+    Mosquitto,
+    ResponderProcess,
+    Run,
+    run,
+    wait_until,
+)
 from issuing import pem
 from keeping import COURSE, keeper_options, private_pem
 from members import Certifier
@@ -194,3 +207,10 @@ def club(folder: Path, broker: BrokerProcess, *options: str) -> Iterator[Club]:
         yield founded
     finally:
         founded.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, broker: Mosquitto) -> Iterator[Club]:
+    """A keeper that all tests of a module share, each with topics of its own."""
+    with club(tmp_path_factory.mktemp("club"), broker) as founded:
+        yield founded

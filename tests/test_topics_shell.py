@@ -13,19 +13,13 @@ from itertools import count
 
 import pytest
 import sharing
-from conftest import PROGRAM, SAFETY, Mosquitto, error_lines, wait_until
+from conftest import PROGRAM, SAFETY, error_lines, wait_until
 from sharing import Club
 
 from secure_mqtt.topics.shell import COMMANDS, HELP
 
+club = sharing.shared
 NAMES = count(1)
-
-
-@pytest.fixture(scope="module")
-def club(tmp_path_factory: pytest.TempPathFactory, broker: Mosquitto) -> Iterator[Club]:
-    """A keeper that all tests share, each with topics of its own."""
-    with sharing.club(tmp_path_factory.mktemp("club"), broker) as club:
-        yield club
 
 
 @pytest.fixture

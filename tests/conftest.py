@@ -270,12 +270,24 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
 
 
 @pytest.fixture
-def own_broker(tmp_path: Path) -> Iterator[Mosquitto]:
+def start_broker(tmp_path: Path) -> Iterator[Callable[[str], Mosquitto]]:
+    """Start brokers that end with the test, with more settings than there are by themselves."""
+    started: list[Mosquitto] = []
+
+    def start(extra: str) -> Mosquitto:
+        started.append(Mosquitto(tmp_path, extra))
+        return started[-1]
+
+    yield start
+    for mosquitto in started:
+        if mosquitto.process.poll() is None:
+            mosquitto.kill()
+
+
+@pytest.fixture
+def own_broker(start_broker: Callable[[str], Mosquitto]) -> Mosquitto:
     """A broker for one test, which may stop and restart it."""
-    mosquitto = Mosquitto(tmp_path)
-    yield mosquitto
-    if mosquitto.process.poll() is None:
-        mosquitto.kill()
+    return start_broker("")
 
 
 @pytest.fixture(scope="session")

@@ -1228,10 +1228,6 @@ def measure_tls(broker: Mosquitto, folder: Path) -> None:
         env = with_gmpy2(folder / "fast")
         with responding(own_broker, env):
             for arguments in list(commands.values())[1:]:
-                subprocess.run(
-                    [sys.executable, *arguments], check=True, capture_output=True, env=env
-                )
-            for arguments in list(commands.values())[1:]:
                 command = [sys.executable, *arguments]
                 subprocess.run(command, check=True, capture_output=True, env=env)
             times = times_in_turn(commands, env)
@@ -1364,15 +1360,6 @@ def create_topic(port: int, members: Sequence[Certified]) -> None:
     peer.close()
 
 
-def processor_time(pid: int) -> float:
-    """Return the seconds of processor time that a process, and those below it, have taken."""
-    ticks = 0
-    for each in (pid, *processes_below(pid)):
-        fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])  # in user mode, and in the system
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
 JOINING = 256  # members at a time
 
 
@@ -1388,9 +1375,9 @@ def measure_joins(broker: Mosquitto, folder: Path) -> None:
             create_topic(broker.port, members)
             clients = Joiners(broker.port, suite, members)
             for name in "for the first time", "again, in new sessions":
-                before = processor_time(keeper.process.pid)
+                before = cpu_seconds(keeper.process.pid)
                 clients.run(JOINING)
-                taken = processor_time(keeper.process.pid) - before
+                taken = cpu_seconds(keeper.process.pid) - before
                 rate = f"{len(members) / taken:.0f}/s"
                 rows.append((suite, name, rate, *percentiles(clients.seconds)))
                 for member in members:

@@ -14,7 +14,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import conftest
 import paho.mqtt.client as paho
 import pytest
-from conftest import ROOT, SAFETY
+from conftest import ROOT, SAFETY, processes_below
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -145,10 +145,19 @@ def free_ports() -> dict[str, str]:
         return {name: str(s.getsockname()[1]) for name, s in zip(PORTS, servers, strict=True)}
 
 
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Kill a process, and what it has started: that would run on."""
+    below = processes_below(process.pid)
+    process.kill()
+    for pid in below:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 @contextmanager
 def killed_at_timeout(process: subprocess.Popen[str]) -> Iterator[None]:
     """End what is read from a process that takes too long."""
-    timer = threading.Timer(SAFETY, process.kill)
+    timer = threading.Timer(SAFETY, kill_all, (process,))
     timer.start()
     try:
         yield

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,13 @@ OWN_PORTS = range(20_000 + WORKER, 32_000, WORKERS)
 PORTS = itertools.cycle(random.SystemRandom().sample(OWN_PORTS, len(OWN_PORTS)))
 SAFETY = 60.0  # seconds after which something that should have happened is taken to have failed
 
-# A shell that runs the tests in the background, or nohup, has these ignored, and what is started
-# would inherit that.
-for number in signal.SIGINT, signal.SIGHUP:
-    if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, signal.SIG_DFL)
 sys.path.insert(0, str(ROOT))
+
+# Under nohup, or in the background of a script, we ignore these; so would all that we start, and a
+# shell among it could not even trap them. What is handled here has its default again there.
+for number in signal.SIGHUP, signal.SIGINT:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 Run = subprocess.CompletedProcess[bytes]
 
@@ -156,8 +158,29 @@ class Peer:
         self._client.loop_stop()
 
 
-class Mosquitto:
-    """A mosquitto of our own on a free port, which can be stopped and started again."""
+class BrokerProcess(ABC):
+    """A broker of our own on a free port, which can be stopped and started again."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start it and wait until it accepts connections."""
+
+    def kill(self, how: int = signal.SIGKILL) -> None:
+        """End it."""
+        self.process.send_signal(how)
+        self.process.wait(SAFETY)
+
+    def restart(self) -> None:
+        """End it and start it again on the same port."""
+        self.kill()
+        self.start()
+
+
+class Mosquitto(BrokerProcess):
+    """A mosquitto."""
 
     def __init__(self, folder: Path, extra: str = "") -> None:
         self.port = free_port()
@@ -168,7 +191,6 @@ class Mosquitto:
             f"max_queued_messages 0\nuser root\n{extra}\n"
         )
         self._starts = 0
-        self.process: subprocess.Popen[bytes]
         self.start()
 
     def start(self) -> None:
@@ -188,16 +210,6 @@ class Mosquitto:
             )
         )
         assert self.process.poll() is None, self._log.read_text()
-
-    def kill(self, how: int = signal.SIGKILL) -> None:
-        """End it."""
-        self.process.send_signal(how)
-        self.process.wait(SAFETY)
-
-    def restart(self) -> None:
-        """End it and start it again on the same port."""
-        self.kill()
-        self.start()
 
 
 class ResponderProcess:
@@ -261,12 +273,24 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
 
 
 @pytest.fixture
-def own_broker(tmp_path: Path) -> Iterator[Mosquitto]:
+def start_broker(tmp_path: Path) -> Iterator[Callable[[str], Mosquitto]]:
+    """Start brokers that end with the test, with more settings than there are by themselves."""
+    started: list[Mosquitto] = []
+
+    def start(extra: str) -> Mosquitto:
+        started.append(Mosquitto(tmp_path, extra))
+        return started[-1]
+
+    yield start
+    for mosquitto in started:
+        if mosquitto.process.poll() is None:
+            mosquitto.kill()
+
+
+@pytest.fixture
+def own_broker(start_broker: Callable[[str], Mosquitto]) -> Mosquitto:
     """A broker for one test, which may stop and restart it."""
-    mosquitto = Mosquitto(tmp_path)
-    yield mosquitto
-    if mosquitto.process.poll() is None:
-        mosquitto.kill()
+    return start_broker("")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import os
 import queue
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import paho.mqtt.client as paho
-from conftest import ROOT, SAFETY, free_port, wait_until
+from conftest import ROOT, SAFETY, BrokerProcess, free_port, wait_until
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
@@ -106,7 +105,7 @@ def is_installed(kind: Kind) -> bool:
     return bool(shutil.which(kind.program, path=PATH)) and Path(kind.needs).exists()
 
 
-class Broker:
+class Broker(BrokerProcess):
     """A broker of some kind, on a port of its own."""
 
     def __init__(self, name: str, folder: Path, epmd: int = 0) -> None:
@@ -129,7 +128,6 @@ class Broker:
         for file, content in {**self.kind.files, self.kind.file: settings}.items():
             (folder / file).write_text(content)
         (folder / "node_modules").symlink_to(INSTALLED / "node_modules")  # where node looks
-        self.process: subprocess.Popen[bytes]
 
     def _filled(self, text: str) -> str:
         for name, value in self._values.items():
@@ -154,16 +152,6 @@ class Broker:
         except BaseException:
             self.kill()
             raise
-
-    def kill(self, how: int = signal.SIGKILL) -> None:
-        """End it."""
-        self.process.send_signal(how)
-        self.process.wait(SAFETY)
-
-    def restart(self) -> None:
-        """End it and start it again on the same port."""
-        self.kill()
-        self.start()
 
     def log(self) -> str:
         """Return all that it has written."""

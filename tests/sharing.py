@@ -1,4 +1,7 @@
-"""Members of shared topics as processes, with a keeper and a broker."""
+"""Members of shared topics as processes, with a keeper and a broker.
+
+A test module takes the fixture from here by a name of its own: `club = sharing.shared`.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,20 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from conftest import PROGRAM, SAFETY, Mosquitto, ResponderProcess, Run, run, wait_until
+import pytest
+from conftest import (
+    PROGRAM,
+    SAFETY,
+    BrokerProcess,
+    Mosquitto,
+    ResponderProcess,
+    Run,
+    run,
+    wait_until,
+)
 from issuing import pem
 from keeping import COURSE, keeper_options, private_pem
 from members import Certifier
-from other_brokers import Broker
 
 
 class Process:
@@ -132,7 +144,7 @@ class Club:
     """A keeper at a broker, and members with identities."""
 
     def __init__(
-        self, folder: Path, broker: Mosquitto | Broker, *options: str, certifier: Certifier = COURSE
+        self, folder: Path, broker: BrokerProcess, *options: str, certifier: Certifier = COURSE
     ) -> None:
         self.broker, self.folder, self.certifier = broker, folder, certifier
         self._options = [*keeper_options(folder, broker.port, certifier), *options]
@@ -188,10 +200,17 @@ class Club:
 
 
 @contextlib.contextmanager
-def club(folder: Path, broker: Mosquitto | Broker, *options: str) -> Iterator[Club]:
+def club(folder: Path, broker: BrokerProcess, *options: str) -> Iterator[Club]:
     """Found a club, which ends with the block."""
     founded = Club(folder, broker, *options)
     try:
         yield founded
     finally:
         founded.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, broker: Mosquitto) -> Iterator[Club]:
+    """A keeper that all tests of a module share, each with topics of its own."""
+    with club(tmp_path_factory.mktemp("club"), broker) as founded:
+        yield founded

@@ -37,8 +37,14 @@ def test_all_that_the_status_tells_is_a_metric(
     watcher = peer(own_broker.port, TOPIC)
     options = keeper_options(tmp_path / "keeper", own_broker.port)
     responder = start_responder(*options, f"--status-topic={TOPIC}")
-    while "topics" not in (status := json.loads(watcher.receive(TOPIC))):
-        responder.process.send_signal(signal.SIGHUP)  # it counts them later
+    status: dict[str, object] = {}
+
+    def is_whole() -> bool:
+        status.update(json.loads(watcher.receive(TOPIC)))
+        responder.process.send_signal(signal.SIGHUP)  # it counts topics later
+        return "topics" in status
+
+    wait_until(is_whole)
     shown = set(re.findall(r"(?m)^ *mqtt_name: (\S+)$", CONFIG.read_text()))
     sums = {"exchanges", "requests", "failures"}  # of others
     assert shown == names(status) - sums

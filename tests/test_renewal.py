@@ -142,22 +142,21 @@ def test_other_authorities_count_at_once_and_end_the_keys_of_the_old_ones(
     responder.wait_for("from an unknown authority")
 
 
-def tls_broker(folder: Path, own: Path) -> Mosquitto:
-    """Start a broker that logs the names in its clients' certificates."""
-    return Mosquitto(
-        folder,
+@pytest.fixture
+def tls_broker(start_broker: Callable[[str], Mosquitto], own: Path) -> Mosquitto:
+    """A broker that logs the names in its clients' certificates."""
+    return start_broker(
         f"cafile {own}/ca.crt\ncertfile {own}/localhost.crt\nkeyfile {own}/localhost.key\n"
         "require_certificate true\nuse_identity_as_username true",
     )
 
 
 def test_a_renewed_certificate_for_tls_is_shown_to_the_broker_and_a_broken_one_is_not(
-    start_responder: Start, own: Path, tmp_path: Path
+    tls_broker: Mosquitto, start_responder: Start, own: Path, tmp_path: Path
 ) -> None:
-    broker = tls_broker(tmp_path, own)
-    log = tmp_path / f"mosquitto-{broker.port}.log"
+    log = tmp_path / f"mosquitto-{tls_broker.port}.log"
     files = [f"--cert={own}/responder.crt", f"--key={own}/responder.key", f"--cafile={own}/ca.crt"]
-    responder = start_responder("-v", f"-p{broker.port}", *files)
+    responder = start_responder("-v", f"-p{tls_broker.port}", *files)
     issue(own, "responder", subject="renewed")
     hang_up(responder)
     responder.wait_for("event=ready", times=2)
@@ -172,20 +171,18 @@ def test_a_renewed_certificate_for_tls_is_shown_to_the_broker_and_a_broken_one_i
         hang_up(responder)
         responder.wait_for("event=unchanged", times=count + 1)
         client = [f"--cert={own}/alice.crt", f"--key={own}/alice.key", f"--cafile={own}/ca.crt"]
-        assert answers(broker.port, *client)
+        assert answers(tls_broker.port, *client)
     assert responder.stop() == 0
-    broker.kill()
 
 
 def test_a_keeper_shows_its_renewed_certificate_on_both_connections(
-    start_responder: Start, own: Path, tmp_path: Path
+    tls_broker: Mosquitto, start_responder: Start, own: Path, tmp_path: Path
 ) -> None:
-    broker = tls_broker(tmp_path, own)
-    log = tmp_path / f"mosquitto-{broker.port}.log"
+    log = tmp_path / f"mosquitto-{tls_broker.port}.log"
     files = [f"--cert={own}/responder.crt", f"--key={own}/responder.key", f"--cafile={own}/ca.crt"]
     identity = [f"--identity={own}/responder.pem", f"--peer-ca={own}/ca.crt"]
     keep = f"--keep={tmp_path}/topics.db"
-    responder = start_responder("-v", f"-p{broker.port}", keep, *files, *identity)
+    responder = start_responder("-v", f"-p{tls_broker.port}", keep, *files, *identity)
     issue(own, "responder", subject="renewed", names=("responder",))
     hang_up(responder)
     wait_until(lambda: log.read_text().count("u'renewed'") == 2)
@@ -194,14 +191,15 @@ def test_a_keeper_shows_its_renewed_certificate_on_both_connections(
     hang_up(responder)
     responder.wait_for("event=unchanged")
     assert responder.stop() == 0
-    broker.kill()
 
 
-def test_a_changed_password_is_read(start_responder: Start, tmp_path: Path) -> None:
+def test_a_changed_password_is_read(
+    start_broker: Callable[[str], Mosquitto], start_responder: Start, tmp_path: Path
+) -> None:
     set_password(tmp_path, "me", "old")
     passwords = tmp_path / "passwords"
     passwords.chmod(0o644)
-    broker = Mosquitto(tmp_path, f"password_file {passwords}\nallow_anonymous false")
+    broker = start_broker(f"password_file {passwords}\nallow_anonymous false")
     file = tmp_path / "password"
     file.write_text("old\n")
     responder = start_responder("-v", f"-p{broker.port}", "-ume", f"--password-file={file}")
@@ -215,7 +213,6 @@ def test_a_changed_password_is_read(start_responder: Start, tmp_path: Path) -> N
     hang_up(responder)
     responder.wait_for("event=ready", times=3)
     assert responder.stop() == 0
-    broker.kill()
 
 
 def test_a_responder_with_an_id_of_its_own_throws_itself_off_and_goes_on(

@@ -289,12 +289,13 @@ def test_what_to_check_when_there_is_no_broker_is_said_once(
     assert sum(hint in line for line in responder.lines) == 1
 
 
-def test_a_refusal_for_good_ends_it(tmp_path: Path, start_responder: Start) -> None:
-    mosquitto = Mosquitto(tmp_path, f"password_file {os.devnull}\nallow_anonymous false")
+def test_a_refusal_for_good_ends_it(
+    start_broker: Callable[[str], Mosquitto], start_responder: Start
+) -> None:
+    mosquitto = start_broker(f"password_file {os.devnull}\nallow_anonymous false")
     responder = start_responder("-p", str(mosquitto.port), ready=False)
     responder.wait_for("error:")
     assert responder.process.wait(60) == 1
-    mosquitto.kill()
     (error, hint) = responder.lines
     assert "refuses the connection: not authorized" in error
     assert "hint:" in hint

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,10 +38,11 @@ def environment(address: str | bytes) -> dict[bytes, bytes]:
     return {**os.environb, b"NOTIFY_SOCKET": os.fsencode(address)}
 
 
-def said(manager: socket.socket, but: str = "WATCHDOG=1") -> str:
-    """Return the next word that is not this one."""
-    while (word := manager.recv(1000).decode()) == but:
-        pass
+def said(manager: socket.socket) -> str:
+    """Return the next word that is not the one that comes each second."""
+    end = time.monotonic() + SAFETY
+    while (word := manager.recv(1000).decode()) == "WATCHDOG=1":
+        assert time.monotonic() < end, "it says nothing else"
     return word
 
 

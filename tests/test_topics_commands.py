@@ -14,17 +14,11 @@ from pathlib import Path
 
 import pytest
 import sharing
-from conftest import PROGRAM, SAFETY, Mosquitto, error_lines, run
+from conftest import PROGRAM, SAFETY, error_lines, run
 from sharing import Club
 
+club = sharing.shared
 NAMES = count(1)
-
-
-@pytest.fixture(scope="module")
-def club(tmp_path_factory: pytest.TempPathFactory, broker: Mosquitto) -> Iterator[Club]:
-    """A keeper that all tests share, each with topics of its own."""
-    with sharing.club(tmp_path_factory.mktemp("club"), broker) as club:
-        yield club
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -140,14 +141,18 @@ def test_keys_are_renewed_while_lines_go_on(found: Callable[..., Club]) -> None:
     club = found("--rotate", "1", history=0)
     bob = club.subscribe("bob", TOPIC)
     alice = club.start("alice", "-v", "--lines", "publish", TOPIC, "-")
-    number = 0
-    while not alice.has_noted("the answer to a question (join)", 5):
+    numbers = count()
+
+    def is_renewed() -> bool:
+        number = next(numbers)
         publish_lines(alice, number)
-        number += 1
-        bob.wait_for_lines(number)
+        bob.wait_for_lines(number + 1)
+        return alice.has_noted("the answer to a question (join)", 5)
+
+    wait_until(is_renewed)
     alice.end_input()
     assert alice.wait() == 0
-    assert bob.wait_for_lines(number) == lines(*range(number))
+    assert bob.lines == lines(*range(next(numbers)))
     assert not bob.has_noted("missed")
     assert not bob.has_noted("refused")
 

@@ -270,7 +270,8 @@ def test_a_message_that_waits_for_a_keeper_that_is_away_is_shown_in_the_end(worl
     assert bob.missed == [("alice", 1)]
 
 
-def test_messages_out_of_order_are_shown_in_order(world: World) -> None:
+def reader_of_a_reversal(world: World) -> Reader:
+    """Return who has subscribed to messages of which the last three came in reverse."""
     alice, bob = world.writer("alice"), world.reader("bob")
     say(alice, 0)
     world.flow()
@@ -279,19 +280,17 @@ def test_messages_out_of_order_are_shown_in_order(world: World) -> None:
         pass
     bob.inbox.reverse()
     world.flow()
+    return bob
+
+
+def test_messages_out_of_order_are_shown_in_order(world: World) -> None:
+    bob = reader_of_a_reversal(world)
     assert bob.texts == said(0, 1, 2, 3)
     assert bob.missed == []
 
 
 def test_messages_out_of_order_that_nobody_keeps_are_missed(brief_world: World) -> None:
-    alice, bob = brief_world.writer("alice"), brief_world.reader("bob")
-    say(alice, 0)
-    brief_world.flow()
-    say(alice, 1, 2, 3)
-    while alice.reach_broker():
-        pass
-    bob.inbox.reverse()
-    brief_world.flow()
+    bob = reader_of_a_reversal(brief_world)
     assert bob.texts == said(0, 3)
     assert bob.missed == [("alice", 2)]
 

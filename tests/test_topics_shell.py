@@ -14,22 +14,16 @@ from itertools import count
 
 import pytest
 import sharing
-from conftest import PROGRAM, SAFETY, Mosquitto, Peer, error_lines, wait_until
+from conftest import PROGRAM, SAFETY, Peer, error_lines, wait_until
 from sharing import Club
 
 from secure_mqtt.topics.messages import MAX_EPOCH, make_notice
 from secure_mqtt.topics.shell import COMMANDS, HELP
 
+club = sharing.shared
 NAMES = count(1)
 MANY_COMMANDS = 2**24  # bytes, far more than pipes and sockets hold
 STANDSTILL = 5.0  # seconds in which nothing is taken
-
-
-@pytest.fixture(scope="module")
-def club(tmp_path_factory: pytest.TempPathFactory, broker: Mosquitto) -> Iterator[Club]:
-    """A keeper that all tests share, each with topics of its own."""
-    with sharing.club(tmp_path_factory.mktemp("club"), broker) as club:
-        yield club
 
 
 @pytest.fixture

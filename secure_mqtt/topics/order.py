@@ -9,10 +9,8 @@ from typing import NamedTuple
 from secure_mqtt.topics.keys import NEVER
 
 MAX_LANES = 20_000  # sessions that are remembered, the least recently heard of is forgotten first
-MAX_WAITING, MAX_WAITING_BYTES = (
-    10_000,
-    2**24,
-)  # messages on a topic that are held back; as many may wait for who shows them
+# Messages on a topic that are held back; as many may wait for who shows them.
+MAX_WAITING, MAX_WAITING_BYTES = 10_000, 2**24
 RETRIES = 1.0, 2.0  # seconds after which the keeper is asked again for what is missing
 PATIENCE = 30.0  # seconds after which it is missed, even if the keeper has not answered
 

@@ -204,7 +204,7 @@ class Shell(SubscribingMember):
             self._parts.append(part)
         part = self._publications[topic]
         part.add(text.encode(errors="surrogateescape"))
-        return lambda: part.is_done or bool(part.refusal)
+        return lambda: part.is_done or part not in self._parts  # refused, and said so
 
     def _subscribe(self, name: str, rest: str) -> Finished:
         topic = only_topic(name, rest)
@@ -219,7 +219,7 @@ class Shell(SubscribingMember):
             if error.is_final:  # else it is done on the next connection
                 self._forget(part)
             raise
-        return lambda: part.has_begun() or bool(part.refusal)
+        return lambda: part.has_begun() or part not in self._parts  # refused, and said so
 
     def _unsubscribe(self, name: str, rest: str) -> Finished:
         topic = only_topic(name, rest)

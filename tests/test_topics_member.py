@@ -605,6 +605,22 @@ def test_what_was_under_way_in_the_last_epoch_is_shown_for_30_s(world: World) ->
     assert bob.faults == {"of an epoch that is over": 1}
 
 
+def test_what_is_late_in_its_epoch_is_not_overtaken_by_what_is_in_time_in_the_next(
+    world: World,
+) -> None:
+    """It is too late for everyone, and whoever had what follows would take nothing from before."""
+    alice, bob = world.writer("alice"), world.reader("bob")
+    world.flow()
+    say(alice, 0, 1)
+    world.wait(INTERVAL)
+    alice.be_answered()
+    say(alice, 2)
+    world.wait(INTERVAL)
+    world.settle()
+    assert bob.texts == [b"0", b"1", b"2"]
+    assert not bob.missed
+
+
 def test_a_message_of_an_epoch_that_a_subscriber_does_not_know_waits(world: World) -> None:
     alice, bob = world.writer("alice"), world.reader("bob")
     say(alice, 0)

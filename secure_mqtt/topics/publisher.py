@@ -217,7 +217,7 @@ class Publisher:
         :param publish: its receipt is for acknowledged(), when the broker has acknowledged it
         """
         while not self._has_to_wait() and (line := self._window.to_send()):
-            epoch = self._epoch_for(line)
+            line.epoch = epoch = self._keys.current
             if not (epoch and self._introduce(epoch, publish) and self._send(line, epoch, publish)):
                 break
             self._window.sent()
@@ -241,16 +241,6 @@ class Publisher:
         Who publishes does not subscribe, and so gets no notice that it is over.
         """
         return self._check_at if self._window.oldest_sent() else NEVER
-
-    def _epoch_for(self, line: Line) -> Epoch | None:
-        """Set and return the epoch to send a line in: as before, while that may be read."""
-        current = self._keys.current
-        if current and not (line.epoch and self._is_open(line.epoch)):
-            line.epoch = current
-        return current and line.epoch
-
-    def _is_open(self, epoch: Epoch) -> bool:
-        return self._keys.find(epoch.number) is epoch
 
     def _introduce(self, epoch: Epoch, publish: Publish) -> bool:
         """Publish our hello, if that was not done yet in an epoch; tell whether it was."""
@@ -280,17 +270,21 @@ class Publisher:
     def learn(self, joined: Joined) -> None:
         """Take the keeper's answer to our request to join, which the keys have taken already.
 
-        We send again what may be lost: with a connection, or since its epoch was over. Where the
-        keeper keeps messages, that is what it lacks; elsewhere, what was sent since it was asked
-        last, or what the broker has not acknowledged. Who has it already drops it.
+        We send again what may be lost: with a connection, or since it comes when its epoch is
+        over. Where the keeper keeps messages, that is what it lacks; elsewhere, what was sent since
+        it was asked last, or what the broker has not acknowledged. Who has it already drops it.
+
+        In a new epoch it is sent before all that follows: else it might come too late, what follows
+        not, and whoever has that takes nothing from before.
         """
         self._check_at, self._is_kept = self._clock() + CHECK_INTERVAL, joined.history > 0
         if self._window.confirm(joined.counters.get(self._session.session, -1)):
             self._ahead_since = NEVER
         oldest = self._window.oldest_sent()
-        is_over = oldest and oldest.epoch and not self._is_open(oldest.epoch)
+        epoch = oldest.epoch if oldest else self._keys.current
+        is_over = epoch and self._keys.find(epoch.number) is not epoch
         if not (self._is_kept or is_over):
             self._window.forget_acknowledged()
-        if self._must_ask or is_over:
+        if self._must_ask or epoch is not self._keys.current:
             self._window.rewind()
         self._must_ask = False

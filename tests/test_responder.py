@@ -22,7 +22,7 @@ from conftest import (
     run,
     wait_until,
 )
-from hostile import impatient_program
+from hostile import RawClient, impatient_program
 
 import crypto
 from crypto import to_pem
@@ -417,27 +417,30 @@ def memory(pid: int) -> int:
 
 
 def test_five_thousand_netids_take_at_most_50_mb(
-    own_broker: Mosquitto, peer: Connect, start_responder: Start
+    own_broker: Mosquitto, start_responder: Start
 ) -> None:
     """In the quickest suite: the powers of the lab's would take minutes."""
     responder = start_responder("-p", str(own_broker.port))
-    client = peer(own_broker.port, "+/+/response")
     own = reference.X25519Keys()
     message_1 = own.ask()
     at_start = memory(responder.process.pid)
-    batch = 250  # exchanges at a time
-    for start in range(0, NETIDS, batch):
-        netids = [f"n{number}" for number in range(start, start + batch)]
-        for netid in netids:
-            client.publish(f"{netid}/key-exchange/request", message_1)
-        keys = {}
-        for topic, message_2 in (client.receive_any() for _ in netids):
-            netid, secret = topic.partition("/")[0], own.agree(message_2)
-            keys[netid] = reference.message_keys(own.suite, secret, netid, message_1, message_2)
-        for netid, (sealing, _) in keys.items():
-            topic = f"{netid}/reverse/request"
-            client.publish(topic, reference.seal(sealing, topic, 1, b"abc"))
-        for topic, answer in (client.receive_any() for _ in netids):
-            assert reference.unseal(keys[topic.partition("/")[0]][1], topic, answer) == (1, b"cba")
+    batch = 50  # exchanges at a time
+    with RawClient(own_broker.port, "many", "+/+/response") as client:
+        for start in range(0, NETIDS, batch):
+            netids = [f"n{number}" for number in range(start, start + batch)]
+            for netid in netids:
+                client.publish(f"{netid}/key-exchange/request", message_1)
+            keys = {}
+            for answer in (client.next_message() for _ in netids):
+                netid, secret = answer.topic.partition("/")[0], own.agree(answer.payload)
+                keys[netid] = reference.message_keys(
+                    own.suite, secret, netid, message_1, answer.payload
+                )
+            for netid, (sealing, _) in keys.items():
+                topic = f"{netid}/reverse/request"
+                client.publish(topic, reference.seal(sealing, topic, 1, b"abc"))
+            for answer in (client.next_message() for _ in netids):
+                opening = keys[answer.topic.partition("/")[0]][1]
+                assert reference.unseal(opening, answer.topic, answer.payload) == (1, b"cba")
     assert memory(responder.process.pid) - at_start <= 50 * 2**20
     assert len(responder.lines) == 1

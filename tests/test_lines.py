@@ -674,7 +674,7 @@ def answered(responder: ResponderProcess, netid: str, action: str) -> int:
 def test_keys_are_renewed_in_time_while_answers_stay_in_order(
     broker: Mosquitto, responder: ResponderProcess, netid: str, suite: str
 ) -> None:
-    lines = numbered(3000)
+    lines = numbered(3000 if SUITES[suite].is_numbered else 500)
     options = ["--suite", suite, "--rekey", "0.1"]
     assert succeeded(session(broker.port, netid, joined(lines), *options), upper(lines))
     wait_until(lambda: answered(responder, netid, "uppercase") == len(lines))
@@ -964,7 +964,7 @@ WHERE_NUMBERED = {"reorders responses", "reorders requests", "drops the first ke
 def test_a_broker_that_tampers_puts_no_answer_in_a_wrong_place(
     prompt_broker: Mosquitto, netid: str, suite: str
 ) -> None:
-    lines = numbered(1000 if SUITES[suite].is_numbered else 200)
+    lines = numbered(400 if SUITES[suite].is_numbered else 200)
 
     def attack(name: str, number: int) -> None:
         done: list[Packet] = []

@@ -34,6 +34,7 @@ class Topic(RuleBasedStateMachine):
         self.bob: Reader = self.world.reader("bob")
         self.carol: Writer | None = None
         self.is_member = True
+        self.has_removed = self.has_lost = False
         self.world.flow()
 
     @rule(count=st.integers(1, 4))
@@ -67,11 +68,13 @@ class Topic(RuleBasedStateMachine):
 
     @rule()
     def subscriber_is_cut_off(self) -> None:
+        self.has_lost = True
         self.bob.lose_connection()
 
     @precondition(lambda self: self.bob.inbox)
     @rule()
     def broker_drops_one(self) -> None:
+        self.has_lost = True
         self.bob.inbox.popleft()
 
     @precondition(lambda self: self.world.published)
@@ -91,6 +94,7 @@ class Topic(RuleBasedStateMachine):
     @precondition(lambda self: self.world.is_keeper_up)
     @rule()
     def carol_is_removed_or_admitted(self) -> None:
+        self.has_removed |= self.is_member
         self.world.change_members("remove" if self.is_member else "admit", "carol")
         self.is_member = not self.is_member
         self.carol = None
@@ -117,7 +121,9 @@ class Topic(RuleBasedStateMachine):
         first = 0 if self.history else lines.index(shown[0])
         assert len(shown) + missed == len(lines) - first
         assert self.alice.is_done
-        if self.history:
+        # A removal closes the epoch before its publishers know. Until they ask, the keeper takes
+        # nothing of theirs: a reader that has lost it may have given it up before it comes again.
+        if self.history and not (self.has_removed and self.has_lost):
             assert missed == 0
 
 

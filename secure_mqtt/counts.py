@@ -43,11 +43,7 @@ class Counts:
         self._exchanges = Counter(dict.fromkeys(SUITES, 0))  # that were answered, by suite
         self._requests = Counter(dict.fromkeys(SUITES, 0))
         self._refused = Counter(dict.fromkeys(REFUSALS.values(), 0))  # messages, by reason
-        self._last_message = time.monotonic()  # when one came; at first, the start
-
-    def received(self) -> None:
-        """Count a message that has come."""
-        self._last_message = time.monotonic()
+        self.last_message = time.monotonic()  # when one came; at first, the start
 
     def answered(self, is_exchange: bool, suite: str) -> None:
         """Count an answer."""
@@ -72,5 +68,5 @@ class Counts:
             "requests_by_suite": self._requests,
             "refused": self._refused,
             "dropped": self.dropped,
-            "idle_seconds": round(time.monotonic() - self._last_message),
+            "idle_seconds": round(time.monotonic() - self.last_message),
         }

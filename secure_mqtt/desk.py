@@ -21,6 +21,8 @@ from secure_mqtt.turns import Incoming
 if TYPE_CHECKING:  # else loaded where it is used: most responders keep no topics
     from secure_mqtt.topics.frontend import Frontend
 
+MAX_REQUEST = token_size(MAX_TEXT)  # bytes; AES-GCM's messages are smaller
+
 
 class Desk:
     """Answers messages, NetIDs in turn.
@@ -88,14 +90,14 @@ class Desk:
         """Take a message in, to be answered when it is its NetID's turn."""
         netid, action, suffix, *_ = (*message.topic.split("/", 2), "", "")
         incoming = Incoming(netid, action, message.payload, time.monotonic())
-        self._reports.counts.received()
+        self._reports.counts.last_message = incoming.arrived
         is_ours = NETID.fullmatch(netid) and self._netid in ("", netid)
         if not is_ours or suffix != "request" or message.is_retained:
             problem = "retained, or on a topic that was not subscribed to"
             self._reports.ignored(incoming, problem)
         elif action == KEY_EXCHANGE and len(message.payload) > MAX_KEY_FILE_SIZE:
             self._reports.ignored(incoming, "no valid public key: larger than 64 KiB")
-        elif len(message.payload) > token_size(MAX_TEXT):
+        elif len(message.payload) > MAX_REQUEST:
             self._reports.ignored(incoming, "a text of more than 1 MiB")
         else:
             self.labour.turns.put(incoming)
@@ -107,12 +109,11 @@ class Desk:
         :return: whether there is more to be done at once
         """
         turns = self.labour.turns
-        self._employ()
         while turns.has_next and time.monotonic() < end:
             self._handle(turns.take())
+        self._employ()
         if self.topics:
             self.topics.go_on()
-        self._reports.dropped(turns.take_dropped())
         return turns.has_next
 
     def take_result(self, process: Any) -> None:

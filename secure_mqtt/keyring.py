@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -133,10 +132,12 @@ class Keyring:
         for key, cipher in self.able(netid, len(message)):
             if kind and not isinstance(cipher, kind):
                 continue
-            with contextlib.suppress(TokenError):
+            try:
                 number, text = cipher.open(topic, message)
-                self.use(key, number, message)
-                return Opened(key, cipher, number, text)
+            except TokenError:
+                continue
+            self.use(key, number, message)
+            return Opened(key, cipher, number, text)
         raise TokenError("not encrypted with a key of this NetID")
 
     def able(self, netid: str, size: int) -> Iterator[tuple[Key, Cipher]]:

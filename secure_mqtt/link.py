@@ -77,7 +77,7 @@ class Link:
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> bool:
         """Publish as Connection does; False if there is none."""
-        return any(mqtt.publish(topic, payload, retain) for mqtt in self._connections[:1])
+        return bool(self._connections) and self._connections[0].publish(topic, payload, retain)
 
     def flush(self) -> None:
         """Wait until the broker has acknowledged all that was published."""
@@ -85,7 +85,8 @@ class Link:
 
     def wait(self, others: Sequence[Any], is_busy: bool) -> list[Any]:
         """Wait as Connection does. ProgramError: the connection has ended."""
-        self._attend_former()
+        if self.is_changing_over:
+            self._attend_former()
         current, *former = self._connections
         readable = current.wait([*others, *(each for each in former if each.is_open)], is_busy)
         return [each for each in readable if each not in former]

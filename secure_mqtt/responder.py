@@ -122,13 +122,13 @@ class Responder:
     def _serve(self) -> None:
         sweep_at = time.monotonic()
         while not self._orders.is_stopped:
-            if self._desk.is_ready and not self._is_announced:
+            if not self._is_announced and self._desk.is_ready:
                 self._announce()
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_INTERVAL
                 self._sweep(sweep_at)
-            self._go_on(self._orders)
-            if not self._link.is_changing_over and self._orders.take_renewal():
+            is_ordered = self._go_on(self._orders)
+            if is_ordered and not self._link.is_changing_over and self._orders.take_renewal():
                 self._renew()
         while self._desk.is_busy:
             self._go_on()
@@ -147,6 +147,7 @@ class Responder:
         """Do what is to be done from time to time."""
         notify("WATCHDOG=1")
         self._desk.keyring.sweep()
+        self._reports.dropped(self._link.take_dropped() + self._desk.labour.turns.take_dropped())
         self._reports.sum_up(now)
         self._status.publish_when_due(self._link)
 
@@ -161,15 +162,21 @@ class Responder:
         else:
             self._desk.renew()
 
-    def _go_on(self, *others: Any) -> None:
-        """Do what there is to do now, or comes in the next moment."""
+    def _go_on(self, *others: Any) -> bool:
+        """Do what there is to do now, or comes in the next moment.
+
+        :return: whether any of the others is ready
+        """
         has_more = self._desk.work(time.monotonic() + WORK_TIME)
+        is_ready = False
         for ready in self._link.wait([*self._desk.processes, *others], is_busy=has_more):
-            if ready not in others:
+            if ready in others:
+                is_ready = True
+            else:
                 self._desk.take_result(ready)
         for message in self._link.messages():
             self._desk.receive(message)
-        self._reports.dropped(self._link.take_dropped())
+        return is_ready
 
     def _publish(self, topic: str, payload: bytes) -> None:
         self._limit.check(len(payload))

@@ -47,7 +47,10 @@ class Network:
         self._received = BytesIO()  # what was read, of which paho has not taken ...
         self._unread = 0  # ... so many bytes
         self._is_full = False  # whether as much was read as may be at a time: then there is more
+        self._to_send = bytearray()  # what paho has written: it sends each packet by itself
+        self._send = client._sock_send
         client._sock_recv = partial(self._receive, client._sock_recv)  # type: ignore[method-assign]
+        client._sock_send = self._write  # type: ignore[method-assign]
 
     def step(self, others: Sequence[Any], seconds: float, output: Sequence[Any] = ()) -> list[Any]:
         """Read and write what can be, once something can or after a time.
@@ -65,22 +68,22 @@ class Network:
         sock: Any = client.socket()
         if sock is None:
             raise ConnectionError("The connection was lost")
+        self._send_all()
         # A broker that does not read is not read from: what it makes us owe would pile up.
-        to_read, to_write = ([], [sock]) if client.want_write() else ([sock], [])
+        to_read, to_write = ([], [sock]) if self._to_send else ([sock], [])
         is_pending = bool(to_read and (self._unread or is_decrypted(sock)))
         timeout = 0 if is_pending else max(0, min(seconds, LOOP_INTERVAL))
         readable, writable, _ = select.select(
             [*to_read, *others], [*to_write, *output], [], timeout
         )
-        code = client.loop_write() if sock in writable else 0
         if sock in readable or is_pending:
             code = self._read()
+            if code:
+                import paho.mqtt.client as paho
+
+                raise ConnectionError(paho.error_string(code).rstrip("."))
             if self._uses_tls:  # its session tickets are no packets that paho tells of
                 acknowledge_at_once(sock)
-        if code:
-            import paho.mqtt.client as paho
-
-            raise ConnectionError(paho.error_string(code).rstrip("."))
         return [ready for ready in readable + writable if ready is not sock]
 
     def _read(self) -> int:
@@ -108,6 +111,17 @@ class Network:
         self._unread = max(0, self._unread - size)
         return self._received.read(size)
 
+    def _write(self, buf: bytes | bytearray) -> int:
+        """Take bytes from paho for the broker, to be sent together; return how many."""
+        self._to_send += buf
+        return len(buf)
+
+    def _send_all(self) -> None:
+        """Send what was written, as far as the broker takes it at once."""
+        if self._to_send:
+            with contextlib.suppress(BlockingIOError):
+                del self._to_send[: self._send(self._to_send)]
+
     def publish(
         self,
         outbox: Outbox,
@@ -130,6 +144,10 @@ class Network:
         """Disconnect; else without a word, so that the broker publishes the will."""
         if is_orderly:
             self.acknowledge()
+            with contextlib.suppress(OSError):  # the connection has ended
+                self._send_all()
+        if is_orderly and not self._to_send:
+            self._client._sock_send = self._send  # type: ignore[method-assign]  # nothing follows
             self._client.disconnect()
         elif sock := self._client.socket():
             sock.close()

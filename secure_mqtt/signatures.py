@@ -27,7 +27,7 @@ from secure_mqtt.certificates import (
     has_expired,
     join_fields,
 )
-from secure_mqtt.suites import key_blocks
+from secure_mqtt.suites import key_blocks, split_payload
 
 SIGNATURE = b"SECURE MQTT SIGNATURE"  # a PEM label
 REQUEST_LABEL = b"secure-mqtt/1 key-exchange request"
@@ -311,14 +311,14 @@ def _signature_blocks(payload: bytes) -> list[bytes]:
     :raises PeerKeyError: there is no signature
     :raises ValueError: there are others
     """
-    blocks = [*pem_blocks(payload)]
-    labels = [label for label, _ in blocks]
-    if SIGNATURE not in labels:
+    if SIGNATURE not in payload:
         raise PeerKeyError("not signed")
-    start = labels.index(CERTIFICATE)
-    if labels[start:-1] != [CERTIFICATE] * (len(labels) - start - 1) or labels[-1] != SIGNATURE:
+    _, proof = split_payload(payload)
+    blocks = [*pem_blocks(proof)]
+    labels = [label for label, _ in blocks]
+    if labels != [*[CERTIFICATE] * (len(labels) - 1), SIGNATURE]:
         raise ValueError("blocks that do not belong there")
-    return [content for _, content in blocks[start:]]
+    return [content for _, content in blocks]
 
 
 def _signed_bytes(payload: bytes, netid: str, request: bytes | None) -> bytes:

@@ -54,6 +54,13 @@ class Transcript(NamedTuple):
 
 
 Block = tuple[bytes, bytes]  # of PEM: label and content
+BEGIN_CERTIFICATE = b"-----BEGIN %b-----" % CERTIFICATE
+
+
+def split_payload(payload: bytes) -> tuple[bytes, bytes]:
+    """Return the parts of a key-exchange payload: the keys, and from the first certificate on."""
+    keys, begin, rest = payload.partition(BEGIN_CERTIFICATE)
+    return keys, begin + rest
 
 
 @functools.lru_cache(maxsize=1)  # several ask, one after the other: signatures, and the keys' suite
@@ -64,17 +71,14 @@ def key_blocks(payload: bytes) -> tuple[Block, ...]:
     """
     if len(payload) > MAX_KEY_FILE_SIZE:
         raise PeerKeyError("no valid public key: larger than 64 KiB")
-    blocks: list[Block] = []
+    keys, _ = split_payload(payload)
     try:
-        for block in pem_blocks(payload):
-            if block[0] == CERTIFICATE:
-                break
-            blocks.append(block)
+        blocks = tuple(pem_blocks(keys))
     except ValueError as error:
         raise PeerKeyError(f"no valid public key: {error}") from None
     if not blocks or blocks[0][0] != PUBLIC_KEY:
         raise PeerKeyError("no valid public key: not in PEM, or another block comes first")
-    return tuple(blocks)
+    return blocks
 
 
 def block_contents(payload: bytes, *labels: bytes) -> list[bytes]:

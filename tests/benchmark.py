@@ -1284,7 +1284,7 @@ class Joiners(BareClient):
         for _ in range(min(at_a_time, len(self.members))):
             self.begin(waiting.popleft())
         while len(self.seconds) < len(self.members):
-            if self.go_on() and waiting:
+            for _ in range(min(self.go_on(), len(waiting))):
                 self.begin(waiting.popleft())
         return time.perf_counter() - start
 

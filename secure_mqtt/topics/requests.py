@@ -311,7 +311,7 @@ def read_answer(do: str, data: bytes) -> Any:
 
 def to_json(value: Mapping[str, Any]) -> bytes:
     """Return an object in JSON (RFC 8259), as UTF-8; bytes become base64."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=to_base64).encode()
+    return ENCODER.encode(value).encode()
 
 
 def to_base64(data: bytes) -> str:
@@ -348,6 +348,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=to_base64)
 DECODER = json.JSONDecoder(
     object_pairs_hook=_unique, parse_int=_short_integer, parse_constant=_no_constant
 )

@@ -48,7 +48,7 @@ class Network:
         self._unread = 0  # ... so many bytes
         self._is_full = False  # whether as much was read as may be at a time: then there is more
         self._to_send = bytearray()  # what paho has written: it sends each packet by itself
-        self._send = client._sock_send
+        self._send: Callable[..., int] = client._sock_send
         client._sock_recv = partial(self._receive, client._sock_recv)  # type: ignore[method-assign]
         client._sock_send = self._write  # type: ignore[method-assign]
 

@@ -1474,7 +1474,7 @@ def memory_of_all(pid: int) -> float:
 # --- topics: messages --------------------------------------------------------------------------
 
 
-PLAIN, MEMBERS, KEPT = "plain paho", "members", "members, with a history"
+BY_PAHO, MEMBERS, KEPT = "plain paho", "members", "members, with a history"
 MESSAGES = 6000
 END_TO_END = "end to end"
 
@@ -1486,7 +1486,7 @@ def measure_topics(broker: Mosquitto, folder: Path) -> None:
         club.do("alice", "create", TOPIC, "bob", "--history", "0")
         club.do("alice", "create", "kept", "bob", "--history", "100000")
         traffic = {
-            PLAIN: topics_load.Traffic(club, "plain/topic", is_plain=True),
+            BY_PAHO: topics_load.Traffic(club, "plain/topic", is_plain=True),
             MEMBERS: topics_load.Traffic(club, TOPIC, is_plain=False),
             KEPT: topics_load.Traffic(club, "kept", is_plain=False),
         }
@@ -1511,10 +1511,10 @@ def measure_rates(traffic: dict[str, topics_load.Traffic], lines: list[bytes]) -
         rows.append((f"{count}", *(f"{len(lines) / span:,.0f}/s" for span in spans)))
     table("Messages from one publisher, start included", rows)
     sealing, opening = topics_load.sealing_and_opening(lines[0])
-    most = {"publishes": used[PLAIN].publisher, "subscribes": used[PLAIN].subscriber}
+    most = {"publishes": used[BY_PAHO].publisher, "subscribes": used[BY_PAHO].subscriber}
     ours = {"publishes": used[MEMBERS].publisher, "subscribes": used[MEMBERS].subscriber}
     alone = {"publishes": sealing, "subscribes": opening}
-    rows = [("who", PLAIN, "signature and cipher alone", MEMBERS, "ratio to both")]
+    rows = [("who", BY_PAHO, "signature and cipher alone", MEMBERS, "ratio to both")]
     for who, seconds in ours.items():
         mine, plain = seconds / len(lines), most[who] / len(lines)
         ratio = f"{mine / (plain + alone[who]):.2f}"
@@ -1633,7 +1633,7 @@ def draw_topics(file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    colours = {PLAIN: "#94a3b8", MEMBERS: "#0d9488", KEPT: "#2563eb"}
+    colours = {BY_PAHO: "#94a3b8", MEMBERS: "#0d9488", KEPT: "#2563eb"}
     for number, (name, colour) in enumerate(colours.items()):
         rates = [figures[name] for figures in FIGURES[END_TO_END].values()]
         places = [place + (number - 1) * 0.27 for place in range(len(rates))]

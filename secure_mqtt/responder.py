@@ -168,15 +168,13 @@ class Responder:
         :return: whether any of the others is ready
         """
         has_more = self._desk.work(time.monotonic() + WORK_TIME)
-        is_ready = False
-        for ready in self._link.wait([*self._desk.processes, *others], is_busy=has_more):
-            if ready in others:
-                is_ready = True
-            else:
-                self._desk.take_result(ready)
+        ready = self._link.wait([*self._desk.processes, *others], is_busy=has_more)
+        for each in ready:
+            if each not in others:
+                self._desk.take_result(each)
         for message in self._link.messages():
             self._desk.receive(message)
-        return is_ready
+        return any(each in others for each in ready)
 
     def _publish(self, topic: str, payload: bytes) -> None:
         self._limit.check(len(payload))

@@ -15,6 +15,7 @@ import issuing
 import mutants
 import pytest
 import reference
+from conftest import wait_until
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa, x448, x25519
 from cryptography.hazmat.primitives.serialization import (
@@ -361,8 +362,7 @@ def test_who_was_certified_once_proves_no_more_by_that_than_at_first() -> None:
     others = Authority(pem(STRANGER.certify(STRANGER)))
     with pytest.raises(PeerKeyError, match="unknown authority"):
         others.verify(payload, NETID, NETID)
-    while time.time() < end.timestamp() + 1:  # its last second counts
-        time.sleep(0.01)
+    wait_until(lambda: time.time() >= end.timestamp() + 1)  # its last second counts
     refuse(payload, "has expired")
 
 

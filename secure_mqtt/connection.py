@@ -61,6 +61,7 @@ class Network:
         :return: those of both that are ready
         :raises Exception: whatever paho raises; ConnectionError if the connection has ended
         """
+        self._send_all()  # the answers, before all else
         if not self.is_paused:
             self.acknowledge()
         client = self._client

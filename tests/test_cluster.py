@@ -125,4 +125,5 @@ def test_a_topic_loses_no_line_when_the_nodes_of_all_who_use_it_are_killed(
             line for number in range(SIZE) for line in lines[number::SIZE]
         ]
         alice.end_input()
-        assert (alice.wait(), alice.notes) == (0, [])
+        assert alice.wait() == 0
+        assert all("ing again" in note for note in alice.notes), alice.notes
